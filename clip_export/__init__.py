@@ -1,0 +1,47 @@
+"""CLIP out of the notebook: checkpoints become engines that give the same embeddings, and prove it.
+
+    bundle = clip_export.build("demo", "engines/demo")
+    clip = clip_export.load("engines/demo")
+    clip.similarity(["a.jpg", "b.jpg"], ["a red circle", "two blue squares"])
+
+Names are loaded when they are first used, so that importing the package loads neither torch nor a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from clip_export import errors
+
+if TYPE_CHECKING:
+    from clip_export.bundle import Bundle
+    from clip_export.encoder import Encoder
+    from clip_export.pipeline import build, reference
+    from clip_export.runtime import load
+    from clip_export.verification import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = ["Bundle", "Encoder", "Verification", "build", "errors", "load", "reference", "verify"]
+
+# No module carries the name of a function here: importing it would hide the function.
+_HOMES = {
+    "Bundle": "bundle",
+    "Encoder": "encoder",
+    "Verification": "verification",
+    "build": "pipeline",
+    "load": "runtime",
+    "reference": "pipeline",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
