@@ -1,0 +1,1 @@
+"""Tower -> ONNX: export, passes that keep the numbers, and the proof that they did."""

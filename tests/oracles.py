@@ -1,0 +1,55 @@
+"""Doors to the originals that the tests compare with.
+
+There is no CPU build of torchvision: its wheel imports once the two compiled operators that it registers fake kernels
+for are defined. Only its PIL transforms are used, which are plain Python.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def _torchvision_library() -> torch.library.Library:
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def torchvision() -> ModuleType:
+    """The torchvision package, for its PIL transforms."""
+    _torchvision_library()
+    import torchvision
+
+    return torchvision
+
+
+def open_clip() -> ModuleType:
+    """The open_clip package."""
+    _torchvision_library()
+    import open_clip
+
+    return open_clip
+
+
+def openai_clip() -> ModuleType:
+    """OpenAI's clip package (as packaged in clip-anytorch)."""
+    _torchvision_library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pkg_resources announces its own end
+        import clip
+
+    return clip
+
+
+def transformers() -> ModuleType:
+    """The transformers package. torchvision must be importable before it is."""
+    _torchvision_library()
+    import transformers
+
+    return transformers
