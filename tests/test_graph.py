@@ -16,7 +16,7 @@ from clip_export import backends
 from clip_export.errors import ExportError, UnsupportedModelError
 from clip_export.graph import export as export_module
 from clip_export.graph.export import GraphShape, example_feeds, export, graph_files
-from clip_export.graph.proof import prove, prove_cases, relative_difference, run_tower
+from clip_export.graph.proof import Case, cases, prove, relative_difference, run_tower
 from clip_export.spec import ModelSpec, Tower, weight_shapes
 from clip_export.towers import OUTPUTS, check_outputs, make_tower
 
@@ -49,6 +49,14 @@ def exported(
     return module, shape
 
 
+def questions(module: torch.nn.Module, shape: GraphShape) -> list[Case]:
+    """The cases of the proof, on nine inputs; texts end at positions from 1 to the last."""
+    feeds = example_feeds(shape, batch=9)
+    if shape.tower == "text":
+        feeds["eot_index"] = np.linspace(1, 15, 9).astype(np.int32)
+    return cases(shape, feeds, run_tower(module, shape.outputs, feeds))
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_state_dict_has_the_canonical_names_and_shapes(tower: Tower) -> None:
     spec = tiny_spec()
@@ -64,8 +72,11 @@ def test_graph_equals_tower(tmp_path: Path, tower: Tower, outputs: tuple[str, ..
     spec = tiny_spec()
     module, shape = exported(tmp_path / "g.onnx", spec, tower, outputs)
     engine = backends.open_engine("onnxruntime", tmp_path / "g.onnx")
-    differences = prove(engine, tower, prove_cases(module, shape))
-    assert {title.partition(":")[0].split(",")[0] for title in differences} == {f"batch {n}" for n in (1, 2, 3, 7)}
+    differences = prove(engine, tower, questions(module, shape))
+    titles = {f"batch {n}" for n in (1, 2, 3, 7)}
+    if tower == "text":
+        titles |= {f"{n} tokens" for n in (2, 3, 4, 8, 15)} | {"other tokens after the end"}
+    assert {title.partition(":")[0] for title in differences} == titles
     assert engine.outputs == outputs
 
 
@@ -115,15 +126,24 @@ def test_axes_are_dynamic_where_that_is_exact(tmp_path: Path) -> None:
 
 def test_text_that_is_not_causal_sees_its_padding(tmp_path: Path) -> None:
     spec = tiny_spec(causal=False)
-    module, _ = exported(tmp_path / "g.onnx", spec, "text")
+    exported(tmp_path / "g.onnx", spec, "text")
     engine = backends.open_engine("onnxruntime", tmp_path / "g.onnx")
     feeds = example_feeds(graph_shape(spec, "text"), batch=1)
     feeds["eot_index"][:] = 3
     other = feeds | {"input_ids": np.where(np.arange(16) > 3, 0, feeds["input_ids"]).astype(np.int32)}
     assert relative_difference(engine(feeds)["embedding"], engine(other)["embedding"]) > 1e-3
-    # and claiming that it is causal is found out:
-    with pytest.raises(ExportError, match="it is not causal"):
-        prove_cases(module, dataclasses.replace(graph_shape(spec, "text"), sequence_dynamic=True))
+
+
+def test_claiming_that_a_text_tower_is_causal_is_found_out(tmp_path: Path) -> None:
+    spec = tiny_spec(causal=False)
+    shape = dataclasses.replace(graph_shape(spec, "text"), sequence_dynamic=True)
+    module = make_tower(spec, "text", random_weights(spec), shape.outputs)
+    export(module, shape, tmp_path / "g.onnx")
+    engine = backends.open_engine("onnxruntime", tmp_path / "g.onnx")
+    made = questions(module, shape)
+    for title in ("8 tokens", "other tokens after the end"):
+        with pytest.raises(ExportError, match=rf"at {title}: the exported graph differs"):
+            prove(engine, "text", [case for case in made if case.title == title])
 
 
 def test_changed_token_after_the_end_changes_nothing(tmp_path: Path) -> None:
@@ -149,7 +169,7 @@ def test_proof_finds_a_damaged_weight(tmp_path: Path, tower: Tower) -> None:
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(graph, tmp_path / "g.onnx")
     with pytest.raises(ExportError, match=r"differs from the tower by .* expected at most 1e-05"):
-        prove(backends.open_engine("onnxruntime", tmp_path / "g.onnx"), tower, prove_cases(module, shape))
+        prove(backends.open_engine("onnxruntime", tmp_path / "g.onnx"), tower, questions(module, shape))
 
 
 @pytest.mark.parametrize(
@@ -165,10 +185,10 @@ def test_proof_refuses_outputs_that_say_nothing(tower: Tower, fragment: str, val
     spec = tiny_spec()
     module = make_tower(spec, tower, replaced(random_weights(spec), fragment, value), ("embedding",))
     if message is None and tower == "text":
-        prove_cases(module, graph_shape(spec, tower))  # a tower of residuals alone still tells texts apart
+        questions(module, graph_shape(spec, tower))  # a tower of residuals alone still tells texts apart
     else:
-        with pytest.raises(ExportError, match=message or "same for different inputs"):
-            prove_cases(module, graph_shape(spec, tower))
+        with pytest.raises(ExportError, match=message or "same for every input"):
+            questions(module, graph_shape(spec, tower))
 
 
 def test_export_checks_the_graph_that_it_made(tmp_path: Path) -> None:
@@ -187,7 +207,7 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.
     moved.mkdir()
     for path in graph_files(tmp_path / "g.onnx"):
         path.rename(moved / path.name)
-    prove(backends.open_engine("onnxruntime", moved / "g.onnx"), "image", prove_cases(module, shape))
+    prove(backends.open_engine("onnxruntime", moved / "g.onnx"), "image", questions(module, shape))
 
 
 @pytest.mark.parametrize("tower", TOWERS)

@@ -1,7 +1,8 @@
 """The proof that a graph does what its tower does, on sizes that it was not traced with.
 
-`prove_cases` runs the torch tower, `prove` runs the engine of the exported graph on the same feeds. They are two steps
-so that the tower can be freed before the engine is opened: the two never share memory.
+The torch tower runs once, on the golden samples in one batch and at full length. The engine of the exported graph has
+to give the same for parts of them, at other batch sizes and lengths. So the tower can be freed before the engine is
+opened, and the two never share memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_export.errors import ExportError
-from clip_export.graph.export import GraphShape, example_feeds
+from clip_export.graph.export import GraphShape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,26 +45,25 @@ def run_tower(module: nn.Module, outputs: Iterable[str], feeds: Arrays) -> dict[
     return {name: result.numpy() for name, result in zip(outputs, results, strict=True)}
 
 
-def prove_cases(module: nn.Module, shape: GraphShape) -> list[Case]:
-    """The tower's answers at batch 1, 2, 3, 7, and for text at lengths from 2 to the whole context.
+def cases(shape: GraphShape, feeds: Arrays, expected: Arrays) -> list[Case]:
+    """What to ask of the engine: parts of `feeds`, for which the tower gives the same parts of `expected`.
 
-    Raises ExportError where the tower itself gives a constant, zero or non-finite output, or where a causal text tower
-    sees a token after the end.
+    Batches of 1, 2, 3 and 7. Where a text batch may be trimmed, also lengths from the shortest to one below the
+    context, and once with other tokens after the end. Raises ExportError where `expected` is constant, zero or not
+    finite.
     """
-    cases = [_case(module, shape, batch, length) for batch, length in _sizes(shape)]
-    for case in cases:
-        _require_sane(case.expected, f"the {shape.tower} tower, {case.title}")
-    if shape.sequence_dynamic:
-        _require_blind_to_padding(module, shape)
-    return cases
+    require_sane(expected, f"the {shape.tower} tower")
+    count = len(next(iter(feeds.values())))
+    made = [_part(f"batch {n}", feeds, expected, np.arange(min(n, count))) for n in BATCHES]
+    return made + _text_cases(shape, feeds, expected) if shape.sequence_dynamic else made
 
 
-def prove(engine: Callable[[Arrays], Arrays], tower: str, cases: Iterable[Case]) -> dict[str, float]:
+def prove(engine: Callable[[Arrays], Arrays], tower: str, questions: Iterable[Case]) -> dict[str, float]:
     """Run `engine` on all cases. Returns case and output -> relative difference; raises ExportError above tolerance."""
     differences: dict[str, float] = {}
-    for case in cases:
+    for case in questions:
         found = engine(case.feeds)
-        _require_sane(found, f"the {tower} engine, {case.title}")
+        require_sane(found, f"the {tower} engine, {case.title}")
         for name, expected in case.expected.items():
             difference = relative_difference(found[name], expected)
             differences[f"{case.title}: {name}"] = difference
@@ -84,55 +84,45 @@ def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - expected).max()) / scale
 
 
-def _sizes(shape: GraphShape) -> list[tuple[int, int]]:
-    """(batch, sequence) of each case; the sequence is unused for images."""
-    length = shape.input[0]
-    if not shape.sequence_dynamic:
-        return [(batch, length) for batch in BATCHES]
-    return [
-        *((batch, length) for batch in BATCHES),
-        *((3, n) for n in sorted({2, 3, length // 2, length - 1}) if n > 1),
-    ]
-
-
-def _case(module: nn.Module, shape: GraphShape, batch: int, length: int) -> Case:
-    feeds = example_feeds(shape, batch=batch, sequence=length, seed=1000 * batch + length)
-    title = f"batch {batch}"
-    if shape.tower == "text":
-        # Ends at different positions in one batch, the first and the last possible among them.
-        feeds["eot_index"] = np.linspace(length - 1, 1, num=batch).astype(np.int32)
-        title += f", {length} tokens"
-    return Case(title=title, feeds=feeds, expected=run_tower(module, shape.outputs, feeds))
-
-
-def _require_sane(outputs: Arrays, where: str) -> None:
+def require_sane(outputs: Arrays, where: str) -> None:
+    """Raise ExportError for an output that is not finite, is constant, or is the same for every input."""
     for name, array in outputs.items():
-        if not np.isfinite(array).all():
+        rows = array.reshape(len(array), -1)
+        if not np.isfinite(rows).all():
             raise ExportError(
                 f"{where}: {name} has values that are not finite",
                 hint="the checkpoint may be damaged, or saved after a training run that diverged",
             )
-        rows = array.reshape(len(array), -1)
         if not (rows.std(axis=1) > 0).all():
             raise ExportError(f"{where}: {name} is constant", hint="the checkpoint's weights may be all zero")
-        if len(rows) > 1 and not (np.abs(rows[1:] - rows[:1]).max(axis=1) > 0).all():
+        if len(rows) > 1 and (rows == rows[:1]).all():
             raise ExportError(
-                f"{where}: {name} is the same for different inputs", hint="the checkpoint's weights may be all zero"
+                f"{where}: {name} is the same for every input", hint="the checkpoint's weights may be all zero"
             )
 
 
-def _require_blind_to_padding(module: nn.Module, shape: GraphShape) -> None:
-    """Trimming to the end token is exact only if no token after it can change what is pooled."""
-    feeds = example_feeds(shape, batch=2, seed=7)
-    end = np.array([3, shape.input[0] // 2], dtype=np.int32)
-    changed = feeds["input_ids"].copy()
-    for row, index in enumerate(end):
-        changed[row, index + 1 :] = 0
-    pooled = [name for name in shape.outputs if name != "hidden_states"]
-    first, second = (
-        run_tower(module, shape.outputs, {"input_ids": ids, "eot_index": end}) for ids in (feeds["input_ids"], changed)
+def _text_cases(shape: GraphShape, feeds: Arrays, expected: Arrays) -> list[Case]:
+    context_length, end = shape.input[0], feeds["eot_index"]
+    made = []
+    for length in sorted({2, 3, context_length // 4, context_length // 2, context_length - 1}):
+        rows = np.flatnonzero(end < length)
+        if len(rows):
+            part = _part(f"{length} tokens", feeds, expected, rows)
+            cut = {
+                name: array[:, :length] if name == "hidden_states" else array for name, array in part.expected.items()
+            }
+            trimmed = {"input_ids": part.feeds["input_ids"][:, :length], "eot_index": part.feeds["eot_index"]}
+            made.append(Case(title=part.title, feeds=trimmed, expected=cut))
+    # Trimming is exact only if no token after the end can change what is pooled.
+    after = np.arange(context_length) > end[:, None]
+    changed = np.where(after, (feeds["input_ids"] + 1) % 7, feeds["input_ids"]).astype(np.int32)
+    pooled = {name: array for name, array in expected.items() if name != "hidden_states"}
+    return [*made, Case(title="other tokens after the end", feeds={**feeds, "input_ids": changed}, expected=pooled)]
+
+
+def _part(title: str, feeds: Arrays, expected: Arrays, rows: np.ndarray) -> Case:
+    return Case(
+        title=title,
+        feeds={name: array[rows] for name, array in feeds.items()},
+        expected={name: array[rows] for name, array in expected.items()},
     )
-    for name in pooled:
-        difference = relative_difference(second[name], first[name])
-        if difference > TOLERANCES[name]:
-            raise ExportError(f"text {name} changes by {difference:.2e} with a token after the end: it is not causal")

@@ -1,0 +1,44 @@
+# Thin targets; each makes the environment that it needs. PYTHON picks the interpreter, EXTRAS what is installed.
+PYTHON ?= python3
+BIN := .venv/bin
+SENTENCES := "a red circle" "two black squares" "three orange triangles" "two white stars" "a blue cross" \
+	"two yellow rings" "three purple circles" "two green squares"
+
+.PHONY: demo test check install clean
+
+install: .venv/installed
+# The real commands, as make prints them, on eight pictures that the demo checkpoint was not trained on.
+demo: install
+	@echo
+	$(BIN)/clip-export build demo -o engines/demo --force
+	@echo
+	$(BIN)/clip-export verify engines/demo
+	@echo
+	$(BIN)/clip-export similarity engines/demo --images examples/pictures --plot engines/demo-similarity.png \
+		--texts $(SENTENCES)
+	@echo
+	@echo "The same table as a picture: engines/demo-similarity.png"
+
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[export,cpu]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ .venv/installed

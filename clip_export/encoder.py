@@ -1,0 +1,230 @@
+"""Texts and images in, embeddings out, over any two engines that take and give arrays.
+
+The compiled engines of a bundle and the torch towers of the reference run behind this same class, so that comparing
+them compares the engines and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_export.errors import ImageError, InputError
+from clip_export.preprocess import ImageInput, Preprocessor, as_list
+from clip_export.spec import ModelSpec, Tower
+from clip_export.tokenizer import Tokenizer, Tokens
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Run: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+DEFAULT_BATCH_SIZE = 32
+
+
+class Encoder:
+    """Both towers of one CLIP model, or one of them. Safe to share by threads.
+
+    `run_text` takes input_ids int32 [batch, sequence] and eot_index int32 [batch]; `run_image` takes pixels uint8
+    [batch, 3, height, width]. `trim` says that a text batch may be cut after its longest end token, which changes
+    nothing for a causal tower and saves most of the work on captions.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        run_text: Run | None = None,
+        run_image: Run | None = None,
+        tokenizer: Tokenizer | None = None,
+        preprocessor: Preprocessor | None = None,
+        trim: bool = False,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"expected a batch size of at least 1, found {batch_size}")
+        self.spec = spec
+        self.batch_size = batch_size
+        self._run: dict[Tower, Run | None] = {"text": run_text, "image": run_image}
+        self._tokenizer = tokenizer
+        self._preprocessor = preprocessor
+        self._trim = trim
+        self._close = close
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers that this encoder runs."""
+        return tuple(tower for tower, run in self._run.items() if run is not None)
+
+    def tokenize(self, texts: Sequence[str], *, truncate: bool | None = None) -> npt.NDArray[np.int32]:
+        """Token ids, int32 [n, context_length], padded as the dialect pads. Raises TextError."""
+        input_ids: npt.NDArray[np.int32] = self._tokens(texts, truncate).input_ids
+        return input_ids
+
+    def preprocess(self, images: Sequence[ImageInput]) -> npt.NDArray[np.uint8]:
+        """The pixels before normalization, uint8 [n, 3, height, width], RGB. Raises ImageError."""
+        if self._preprocessor is None:
+            raise _no_tower("image")
+        return self._preprocessor(images)
+
+    def encode_text(self, texts: Sequence[str], *, normalize: bool = True, truncate: bool | None = None) -> Floats:
+        """Embeddings of `texts`, float32 [n, embedding_dim], each of length 1 unless `normalize` is False.
+
+        `truncate` cuts what is longer than the context as the original does; None is the dialect's default. Raises
+        TextError naming the text, InputError where the bundle was built without embeddings.
+        """
+        return self._embedding("text", self.text_outputs(texts, truncate=truncate), normalize)
+
+    def encode_image(self, images: Sequence[ImageInput], *, normalize: bool = True) -> Floats:
+        """Embeddings of `images`, float32 [n, embedding_dim], each of length 1 unless `normalize` is False.
+
+        An image is a path, the bytes of an image file, a PIL image, or a uint8 array [height, width, 3]. Raises
+        ImageError naming the image, InputError where the bundle was built without embeddings.
+        """
+        return self._embedding("image", self.image_outputs(images), normalize)
+
+    def encode_pixels(self, pixels: npt.NDArray[np.uint8], *, normalize: bool = True) -> Floats:
+        """Like `encode_image`, from what `preprocess` gives: uint8 [n, 3, height, width]."""
+        return self._embedding("image", self.pixel_outputs(pixels), normalize)
+
+    def similarity(self, images: Sequence[ImageInput], texts: Sequence[str]) -> Floats:
+        """exp(logit_scale) * cosine (+ logit_bias), float32 [n_images, n_texts]: CLIP's logits per image."""
+        cosine = self.encode_image(images) @ self.encode_text(texts).T
+        return cosine * np.float32(self.logit_factor) + np.float32(self.spec.logit_bias or 0.0)
+
+    @property
+    def logit_factor(self) -> float:
+        """exp(logit_scale), the factor on the cosine. Raises InputError where the checkpoint had none."""
+        if self.spec.logit_scale is None:
+            raise InputError(
+                "this bundle has no logit scale: its checkpoint held a single tower",
+                hint="multiply the embeddings of encode_text and encode_image yourself",
+            )
+        return math.exp(self.spec.logit_scale)
+
+    def text_outputs(self, texts: Sequence[str], *, truncate: bool | None = None) -> dict[str, Floats]:
+        """Everything that the text graph gives, by output name, in the order of `texts`.
+
+        embedding [n, embedding_dim] and pooled [n, width] as they leave the tower, not normalized; hidden_states
+        [n, context_length, width], always all positions.
+        """
+        return self.token_outputs(self._tokens(texts, truncate))
+
+    def token_outputs(self, tokens: Tokens) -> dict[str, Floats]:
+        """Like `text_outputs`, from token ids."""
+        run = self._runner("text")
+        batches = (
+            (rows, run({"input_ids": _block(tokens.input_ids, rows, length), "eot_index": tokens.eot_index[rows]}))
+            for rows, length in self._text_batches(tokens)
+        )
+        return self._collect("text", len(tokens.input_ids), batches)
+
+    def image_outputs(self, images: Sequence[ImageInput]) -> dict[str, Floats]:
+        """Everything that the image graph gives, by output name.
+
+        embedding [n, embedding_dim] and pooled [n, width] as they leave the tower, not normalized; hidden_states
+        [n, 1 + patches, width].
+        """
+        run, preprocessor = self._runner("image"), self._preprocessor
+        assert preprocessor is not None
+        items = as_list(images)
+        batches = (
+            (rows, run({"pixels": preprocessor(items[rows], first_index=rows.start)}))
+            for rows in self._chunks(len(items))
+        )
+        return self._collect("image", len(items), batches)
+
+    def pixel_outputs(self, pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+        """Like `image_outputs`, from pixels uint8 [n, 3, height, width]. Raises ImageError for any other array."""
+        run = self._runner("image")
+        assert self.spec.preprocess is not None
+        expected = (3, self.spec.preprocess.crop_size, self.spec.preprocess.crop_size)
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
+            found = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+            raise ImageError(
+                f"expected pixels uint8 [n, {', '.join(map(str, expected))}], found {found}",
+                hint="preprocess(images) makes them",
+            )
+        batches = ((rows, run({"pixels": pixels[rows]})) for rows in self._chunks(len(pixels)))
+        return self._collect("image", len(pixels), batches)
+
+    def close(self) -> None:
+        """Free the engines. An encoder that is closed raises BackendError when it is used."""
+        if self._close is not None:
+            self._close()
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tokens(self, texts: Sequence[str], truncate: bool | None) -> Tokens:
+        if self._tokenizer is None:
+            raise _no_tower("text")
+        return self._tokenizer(texts, truncate=truncate)
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size))
+
+    def _text_batches(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, int]]:
+        """(rows, sequence length) of each batch: texts of like length together, so that little is padded."""
+        context_length = tokens.input_ids.shape[1]
+        order = np.argsort(tokens.eot_index, kind="stable") if self._trim else np.arange(len(tokens.eot_index))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            yield rows, int(tokens.eot_index[rows].max()) + 1 if self._trim else context_length
+
+    def _collect(
+        self, tower: Tower, count: int, batches: Iterator[tuple[np.ndarray | slice, Mapping[str, np.ndarray]]]
+    ) -> dict[str, Floats]:
+        """Put the outputs of batches back in the order given."""
+        results: dict[str, Floats] = {}
+        for rows, outputs in batches:
+            for name, array in outputs.items():
+                if name not in results:
+                    results[name] = np.empty((count, *array.shape[1:]), dtype=np.float32)
+                results[name][rows] = array
+        return results if count else self._empty(tower)
+
+    def _empty(self, tower: Tower) -> dict[str, Floats]:
+        tower_spec = self.spec.text if tower == "text" else self.spec.image
+        assert tower_spec is not None
+        dim = tower_spec.embedding_dim
+        return {} if dim is None else {"embedding": np.empty((0, dim), dtype=np.float32)}
+
+    def _embedding(self, tower: Tower, outputs: Mapping[str, Floats], normalize: bool) -> Floats:
+        if "embedding" not in outputs:
+            raise InputError(
+                f"the {tower} graph gives {', '.join(outputs) or 'nothing'}, and no embedding",
+                hint=f"call {tower}_outputs(), or build the bundle again with --outputs embedding",
+            )
+        embedding = outputs["embedding"]
+        return _normalized(embedding) if normalize else embedding
+
+    def _runner(self, tower: Tower) -> Run:
+        run = self._run[tower]
+        if run is None:
+            raise _no_tower(tower)
+        return run
+
+
+def _block(input_ids: npt.NDArray[np.int32], rows: np.ndarray, length: int) -> npt.NDArray[np.int32]:
+    return np.ascontiguousarray(input_ids[rows, :length])
+
+
+def _normalized(embedding: Floats) -> Floats:
+    """Rows divided by their length; the sum of squares in float64, so that no range is lost."""
+    length = np.sqrt(np.square(embedding, dtype=np.float64).sum(axis=1, keepdims=True))
+    normalized: Floats = (embedding / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
+    return normalized
+
+
+def _no_tower(tower: Tower) -> InputError:
+    return InputError(f"this bundle has no {tower} tower", hint=f"build it again with --towers {tower}")

@@ -1,0 +1,254 @@
+"""The flow on one screen: checkpoint -> towers -> graphs -> bundle.
+
+Each tower is read, traced, written and freed before its engine is opened, and before the next tower is read: the peak
+is that of one tower. A bundle is published only after its own engines have replayed its golden samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clip_export import backends
+from clip_export.bundle import Bundle, Graph, Provenance, write_manifest
+from clip_export.checkpoints import Checkpoint, Options, read
+from clip_export.encoder import Encoder
+from clip_export.errors import ContractError, InputError, MissingDependencyError
+from clip_export.golden import Golden, ImageGolden, TextGolden, golden_images, golden_texts
+from clip_export.manifest import GOLDEN, REPORT, TOKENIZER
+from clip_export.preprocess import Preprocessor, preprocess_versions
+from clip_export.progress import Progress, silent
+from clip_export.publish import staged
+from clip_export.spec import TOWERS, Activation, Dialect, Tower
+from clip_export.tokenizer import Tokenizer, dialect_versions
+from clip_export.verification import verify
+
+if TYPE_CHECKING:
+    from clip_export.graph.export import GraphShape
+
+ENGINES = Path("engines")
+PROOF_BACKEND = "onnxruntime"
+_LIBRARIES = ("clip-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "safetensors", "torch")
+
+
+def build(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    towers: Sequence[Tower] | None = None,
+    outputs: Sequence[str] | None = None,
+    force: bool = False,
+    activation: Activation | None = None,
+    tokenizer_dialect: Dialect | None = None,
+    preprocess_dialect: Dialect | None = None,
+    progress: Progress = silent,
+) -> Bundle:
+    """Export `checkpoint` to a bundle at `output` (engines/NAME by default) and return it, verified.
+
+    `checkpoint` is a directory, a file, a hub id or "demo"; `towers` are those to export, all by default; `outputs`
+    are among embedding, pooled and hidden_states; `force` replaces a bundle that is there. The rest states what the
+    checkpoint leaves open.
+
+    Raises CheckpointError, ExportError, ContractError or BundleError. Nothing is left at `output` then, and what was
+    there before is untouched.
+    """
+    _require_tools()
+    options = Options(activation=activation, tokenizer_dialect=tokenizer_dialect, preprocess_dialect=preprocess_dialect)
+    target = Path(output) if output is not None else ENGINES / default_name(checkpoint)
+    with staged(target, force=force) as staging:
+        source = read(checkpoint, options)
+        if towers is not None:
+            source = dataclasses.replace(source, spec=source.spec.select(_checked(towers)))
+        built = [_build_tower(source, tower, outputs, staging, progress) for tower in source.spec.towers]
+        stated: dict[str, str | None] = {"towers": ",".join(towers or ()), "outputs": ",".join(outputs or ())}
+        stated |= dataclasses.asdict(options)
+        _write(staging, default_name(target), source, built, {key: value for key, value in stated.items() if value})
+        _require_contract(staging, progress)
+    return Bundle.open(target, check_files=False)
+
+
+def reference(checkpoint: str | os.PathLike[str], options: Options | None = None) -> Encoder:
+    """The torch towers of `checkpoint` in float32 behind the same Encoder that runs a bundle's engines."""
+    from clip_export.graph.proof import run_tower
+    from clip_export.towers import check_outputs, make_tower
+
+    source = read(checkpoint, options)
+    runs = {}
+    for tower in source.spec.towers:
+        names = check_outputs(source.spec, tower, None)
+        module = make_tower(source.spec, tower, source.weights, names)
+        runs[tower] = lambda feeds, module=module, names=names: run_tower(module, names, feeds)
+    tokenizer, preprocessor = _front(source)
+    return Encoder(
+        source.spec,
+        run_text=runs.get("text"),
+        run_image=runs.get("image"),
+        tokenizer=tokenizer,
+        preprocessor=preprocessor,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """One tower in the staging directory: its graph, its golden samples, the differences that its proof found."""
+
+    tower: Tower
+    graph: Graph
+    golden: TextGolden | ImageGolden
+    proof: dict[str, float]
+
+
+def _build_tower(
+    source: Checkpoint, tower: Tower, outputs: Sequence[str] | None, staging: Path, progress: Progress
+) -> _Built:
+    from clip_export.graph.export import INPUTS, OPSET, export
+    from clip_export.graph.proof import cases, prove, run_tower
+    from clip_export.towers import check_outputs, make_tower
+
+    step = _stepper(tower, progress)
+    step("read the weights")
+    outputs = check_outputs(source.spec, tower, outputs)
+    shape = _graph_shape(source, tower, outputs)
+    module = make_tower(source.spec, tower, source.weights, outputs)
+    step("run the reference")
+    feeds = _golden_feeds(source, tower)
+    expected = run_tower(module, outputs, feeds)
+    questions = cases(shape, feeds, expected)
+    step("export")
+    path = staging / f"{tower}.onnx"
+    export(module, shape, path)
+    del module
+    gc.collect()  # the exporter leaves cycles that hold the weights
+    step("prove the graph")
+    engine = backends.open_engine(PROOF_BACKEND, path)
+    proof = prove(engine, tower, questions)
+    engine.close()
+    step("done")
+    graph = Graph(
+        file=path.name, opset=OPSET, inputs=INPUTS[tower], outputs=outputs, sequence_dynamic=shape.sequence_dynamic
+    )
+    return _Built(tower=tower, graph=graph, golden=_golden(tower, feeds, expected), proof=proof)
+
+
+def _stepper(tower: Tower, progress: Progress) -> Callable[[str], None]:
+    counter = itertools.count()
+    return lambda step: progress(f"{tower} tower: {step}", next(counter), 4)
+
+
+def _graph_shape(source: Checkpoint, tower: Tower, outputs: tuple[str, ...]) -> GraphShape:
+    from clip_export.graph.export import GraphShape
+
+    spec = source.spec
+    if tower == "text":
+        assert spec.text is not None
+        size: tuple[int, ...] = (spec.text.context_length,)
+        layers, causal = spec.text.transformer.layers, spec.text.causal
+    else:
+        assert spec.image is not None
+        size = (3, spec.image.image_size, spec.image.image_size)
+        layers, causal = spec.image.transformer.layers, False
+    return GraphShape(tower=tower, input=size, layers=layers, outputs=outputs, sequence_dynamic=causal)
+
+
+def _golden_feeds(source: Checkpoint, tower: Tower) -> dict[str, np.ndarray]:
+    """The golden inputs of one tower, as its graph takes them."""
+    tokenizer, preprocessor = _front(source)
+    if tower == "image":
+        assert preprocessor is not None
+        return {"pixels": preprocessor(golden_images())}
+    assert tokenizer is not None
+    tokens = tokenizer(golden_texts(), truncate=True)
+    return {"input_ids": tokens.input_ids, "eot_index": tokens.eot_index}
+
+
+def _golden(tower: Tower, feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> TextGolden | ImageGolden:
+    if tower == "text":
+        return TextGolden(texts=golden_texts(), **feeds, outputs=outputs)
+    return ImageGolden(files=golden_images(), **feeds, outputs=outputs)
+
+
+def _front(source: Checkpoint) -> tuple[Tokenizer | None, Preprocessor | None]:
+    spec = source.spec
+    tokenizer = None
+    if spec.tokenizer is not None:
+        assert source.tokenizer_json is not None
+        tokenizer = Tokenizer(spec.tokenizer, source.tokenizer_json)
+    return tokenizer, Preprocessor(spec.preprocess) if spec.preprocess is not None else None
+
+
+def _write(staging: Path, name: str, source: Checkpoint, built: Sequence[_Built], stated: dict[str, str]) -> None:
+    """Everything but the graphs: golden samples, tokenizer, report, and last the manifest."""
+    texts = [part.golden for part in built if isinstance(part.golden, TextGolden)]
+    images = [part.golden for part in built if isinstance(part.golden, ImageGolden)]
+    Golden(text=next(iter(texts), None), image=next(iter(images), None)).save(staging / GOLDEN)
+    if source.spec.text is not None:
+        assert source.tokenizer_json is not None
+        (staging / TOKENIZER).write_bytes(source.tokenizer_json.encode())
+    # No times in it: the same inputs and versions give the same bytes.
+    report = {"relative_difference_of_engine_to_torch": {part.tower: part.proof for part in built}}
+    (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_manifest(
+        staging,
+        name=name,
+        spec=source.spec,
+        provenance=_provenance(source, stated),
+        variants={"fp32": {part.tower: part.graph for part in built}},
+    )
+
+
+def _provenance(source: Checkpoint, stated: dict[str, str]) -> Provenance:
+    versions = {library: metadata.version(library) for library in _LIBRARIES}
+    return Provenance(
+        format=source.source.format,
+        name=source.source.name,
+        files=source.source.sha256,
+        versions=versions | dialect_versions() | preprocess_versions(),
+        options=stated,
+    )
+
+
+def _require_contract(staging: Path, progress: Progress) -> None:
+    verification = verify(staging, backend=PROOF_BACKEND, progress=progress)
+    for row in verification.rows:
+        if not row.passed:
+            raise ContractError(
+                f"{row.tower} {row.output}: min cosine {row.min_cosine:.6f} to the reference, "
+                f"expected at least {row.required_cosine}; nothing is published",
+                hint="this is a bug of the export, not of the checkpoint; please report it with the architecture",
+            )
+
+
+def default_name(checkpoint: str | os.PathLike[str]) -> str:
+    """What a bundle is called: the last part of the path or hub id, in lower case, with `-` for unusual characters."""
+    last = os.fspath(checkpoint).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    stem = re.sub(r"\.(pt|pth|bin|safetensors)$", "", last.lower())
+    return re.sub(r"[^a-z0-9._+-]+", "-", stem).strip("-.") or "bundle"
+
+
+def _checked(towers: Sequence[Tower]) -> Sequence[Tower]:
+    unknown = sorted(set(towers) - set(TOWERS))
+    if unknown or not towers:
+        raise InputError(f"expected towers among {', '.join(TOWERS)}, found {', '.join(unknown) or 'none'}")
+    return towers
+
+
+def _require_tools() -> None:
+    """Fail before minutes of work, not after."""
+    missing = [name for name in ("torch", "onnx", "onnx_ir", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"building needs {', '.join(missing)}, not installed here", hint="pip install 'clip-export[export,cpu]'"
+        )
+    backends.choose(PROOF_BACKEND)

@@ -1,0 +1,215 @@
+"""Building, loading and verifying bundles: what is refused, what is reproducible, what is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import json
+from pathlib import Path
+from shutil import copytree
+
+import checkpoints_made
+import numpy as np
+import onnx
+import pytest
+
+import clip_export
+from clip_export import pipeline, verification
+from clip_export.bundle import Bundle, write_manifest
+from clip_export.errors import (
+    BundleError,
+    CheckpointError,
+    ContractError,
+    ExportError,
+    InputError,
+    SpecError,
+)
+from clip_export.golden import Golden, golden_images, golden_texts
+
+
+def files(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def rewrite(path: Path) -> None:
+    """Write the manifest again, as if the files had always been like this."""
+    manifest = Bundle.open(path, check_files=False).manifest
+    (path / "manifest.json").unlink()
+    write_manifest(
+        path, name=manifest.name, spec=manifest.spec, provenance=manifest.provenance, variants=manifest.variants
+    )
+
+
+def test_a_bundle_is_what_the_format_says(tiny_bundle: Path) -> None:
+    expected = {"manifest.json", "tokenizer.json", "text.onnx", "image.onnx", "golden.safetensors", "report.json"}
+    assert files(tiny_bundle) == expected
+    bundle = Bundle.open(tiny_bundle)
+    golden = bundle.golden()
+    assert golden.text is not None
+    assert golden.image is not None
+    assert len(golden.text.texts) >= 16
+    assert len(golden.image.files) >= 8
+    assert golden.text.outputs["embedding"].shape == (len(golden_texts()), 64)
+    assert golden.image.outputs["embedding"].shape == (len(golden_images()), 64)
+    versions = bundle.manifest.provenance.versions
+    assert {"clip-export", "torch", "onnx", "onnxruntime", "tokenizers", "pillow", "ftfy"} <= versions.keys()
+    proof = bundle.report()["relative_difference_of_engine_to_torch"]
+    assert all(0 <= difference <= 1e-5 for tower in proof.values() for difference in tower.values())
+
+
+def test_a_build_is_reproducible_to_the_byte(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    again = tmp_path / "elsewhere" / "tiny"
+    clip_export.build(tiny_checkpoint, again)
+    match, mismatch, errors = filecmp.cmpfiles(tiny_bundle, again, files(tiny_bundle), shallow=False)
+    assert (set(match), mismatch, errors) == (files(tiny_bundle), [], [])
+    for path in again.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_bundle_can_be_moved(tiny_bundle: Path, tmp_path: Path) -> None:
+    copytree(tiny_bundle, tmp_path / "moved")
+    assert clip_export.verify(tmp_path / "moved").passed
+
+
+def test_verify_finds_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A graph changed together with its hash: only running it can tell."""
+    path = tmp_path / "b"
+    copytree(tiny_bundle, path)
+    graph = onnx.load(path / "text.onnx")
+    weight = next(t for t in graph.graph.initializer if t.name == "blocks.1.mlp.fc1.weight")
+    values = onnx.numpy_helper.to_array(weight) * np.float32(1.05)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, path / "text.onnx")
+    rewrite(path)
+    result = clip_export.verify(path)
+    assert not result.passed
+    assert {row.tower: row.passed for row in result.rows} == {"text": False, "image": True}
+    assert json.loads(json.dumps(result.to_dict()))["passed"] is False
+
+
+def test_a_row_of_nan_keeps_no_contract() -> None:
+    good = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    assert verification.compare("text", "embedding", good, good).passed
+    for value in (np.nan, np.inf, 0):
+        bad = good.copy()
+        bad[2] = value
+        assert not verification.compare("text", "embedding", bad, good).passed
+
+
+def test_a_graph_that_breaks_the_contract_is_not_published(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(verification.CONTRACTS, "fp32", 1.1)
+    with pytest.raises(ContractError, match=r"expected at least 1.1; nothing is published"):
+        clip_export.build(tiny_checkpoint, tmp_path / "b")
+    assert files(tmp_path) == set()
+
+
+def test_another_tokenizer_is_noticed_at_load(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    copytree(tiny_bundle, path)
+    golden = Golden.load(path / "golden.safetensors")
+    assert golden.text is not None
+    golden.text.input_ids[3, 1] += 1
+    golden.save(path / "golden.safetensors")
+    rewrite(path)
+    with pytest.raises(BundleError, match="other token ids than the build for the golden text"):
+        clip_export.load(path)
+
+
+def test_another_resize_is_noticed_at_load(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    copytree(tiny_bundle, path)
+    golden = Golden.load(path / "golden.safetensors")
+    assert golden.image is not None
+    golden.image.pixels[2, 0, 0, 0] ^= 1
+    golden.save(path / "golden.safetensors")
+    rewrite(path)
+    with pytest.raises(BundleError, match="other pixels than the build for golden picture 2") as info:
+        clip_export.load(path)
+    assert "build the bundle again" in str(info.value)
+
+
+def test_outputs_and_towers_can_be_chosen(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = clip_export.build(tiny_checkpoint, tmp_path / "b", towers=["text"], outputs=["hidden_states", "embedding"])
+    assert files(tmp_path / "b") == {
+        "manifest.json",
+        "tokenizer.json",
+        "text.onnx",
+        "golden.safetensors",
+        "report.json",
+    }
+    assert bundle.graph("text").outputs == ("embedding", "hidden_states")
+    assert bundle.manifest.provenance.options == {"towers": "text", "outputs": "hidden_states,embedding"}
+    with clip_export.load(bundle) as clip:
+        assert clip.encode_text(["a"]).shape == (1, 64)
+        assert clip.text_outputs(["a"])["hidden_states"].shape == (1, 77, 128)
+    assert {row.output for row in clip_export.verify(bundle).rows} == {"embedding", "hidden_states"}
+
+
+def test_requests_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected towers among text, image, found visual"):
+        clip_export.build(tiny_checkpoint, tmp_path / "b", towers=["visual"])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="found none"):
+        clip_export.build(tiny_checkpoint, tmp_path / "b", towers=[])
+    with pytest.raises(CheckpointError, match="found logits"):
+        clip_export.build(tiny_checkpoint, tmp_path / "b", outputs=["logits"])
+    checkpoints_made.make_huggingface(tmp_path / "text", kind="CLIPTextModel")
+    with pytest.raises(SpecError, match="this checkpoint has no image tower, only text"):
+        clip_export.build(tmp_path / "text", tmp_path / "b", towers=["image"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_is_replaced_only_by_force_and_only_if_it_is_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    clip_export.build(tiny_checkpoint, target, towers=["image"])
+    before = (target / "manifest.json").read_bytes()
+    with pytest.raises(BundleError, match="--force"):
+        clip_export.build(tiny_checkpoint, target, towers=["image"])
+    with pytest.raises(CheckpointError):
+        clip_export.build(tmp_path / "nowhere", target, force=True)
+    assert (target / "manifest.json").read_bytes() == before
+    clip_export.build(tiny_checkpoint, target, towers=["image"], force=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="not a bundle"):
+        clip_export.build(tiny_checkpoint, tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert files(tmp_path) == {"b", "mine"}
+
+
+def test_weights_of_zero_are_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    checkpoints_made.make_huggingface(tmp_path / "c")
+    weights = {name: torch.zeros_like(w) for name, w in load_file(tmp_path / "c" / "model.safetensors").items()}
+    save_file(weights, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(ExportError, match="the text tower: embedding is constant"):
+        clip_export.build(tmp_path / "c", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("demo", "demo"),
+        ("openai/clip-vit-base-patch32", "clip-vit-base-patch32"),
+        ("hf-hub:laion/CLIP-ViT-B-32", "clip-vit-b-32"),
+        ("/models/ViT-B-32.pt", "vit-b-32"),
+        (Path("models/My Model/"), "my-model"),
+        ("..", "bundle"),
+    ],
+)
+def test_default_name(checkpoint: str | Path, name: str) -> None:
+    assert pipeline.default_name(checkpoint) == name
+
+
+def test_every_public_name_is_there() -> None:
+    assert clip_export.__all__ == sorted(clip_export.__all__, key=lambda name: (not name[0].isupper(), name))
+    for name in clip_export.__all__:
+        assert getattr(clip_export, name) is not None
+    assert callable(clip_export.verify), "the module that holds verify must not hide it"
+    with pytest.raises(AttributeError, match="no attribute 'enlarge'"):
+        _ = clip_export.enlarge
+    assert dataclasses.is_dataclass(clip_export.Verification)
