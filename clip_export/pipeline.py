@@ -74,7 +74,7 @@ def build(
         built = [_build_tower(source, tower, outputs, staging, progress) for tower in source.spec.towers]
         stated: dict[str, str | None] = {"towers": ",".join(towers or ()), "outputs": ",".join(outputs or ())}
         stated |= dataclasses.asdict(options)
-        _write(staging, default_name(target), source, built, {key: value for key, value in stated.items() if value})
+        _write(staging, default_name(checkpoint), source, built, {key: value for key, value in stated.items() if value})
         _require_contract(staging, progress)
     return Bundle.open(target, check_files=False)
 

@@ -1,0 +1,293 @@
+"""A bundle on disk: a directory with a manifest.json that vouches for every other file in it.
+
+Reading trusts nothing: `Bundle.open` checks the manifest, that the directory holds the listed files and no others,
+their sizes and their sha256, before anything else looks inside. Writing happens in a directory from `publish.staged`,
+where `write_manifest` is the last step. The format, and the reason for each rule: docs/bundle-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from clip_export.errors import BundleError, BundleIntegrityError, BundleNotFoundError, BundleSchemaError, SpecError
+from clip_export.golden import Golden
+from clip_export.manifest import (
+    GOLDEN,
+    MANIFEST,
+    REBUILD,
+    REPORT,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    FileEntry,
+    Graph,
+    Manifest,
+    Provenance,
+    json_object,
+    manifest_bytes,
+    parse_manifest,
+)
+from clip_export.spec import ModelSpec, Tower
+
+__all__ = [
+    "MAX_MANIFEST_BYTES",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "FileEntry",
+    "Graph",
+    "Manifest",
+    "Provenance",
+    "hidden_beside",
+    "replace_refusal",
+    "write_manifest",
+]
+
+# A manifest is a few kilobytes; one of many megabytes is a mistake or an attack, and is not read into memory.
+MAX_MANIFEST_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle. `path` is absolute; a directory that is moved later has to be opened again."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, check_files: bool = True) -> Bundle:
+        """Open the bundle at `path` and check it.
+
+        `check_files=False` skips hashing, the only slow part; that every file is there and has its size is checked
+        always. Raises BundleNotFoundError, BundleSchemaError or BundleIntegrityError, naming the file.
+        """
+        directory = Path(os.fsdecode(path)).absolute()
+        manifest = parse_manifest(_read_manifest(directory))
+        _check_listing(directory, manifest)
+        for name, entry in manifest.files.items():
+            _check_size(directory, name, entry)
+        if check_files:
+            for name, entry in manifest.files.items():
+                _check_sha256(directory, name, entry)
+        return cls(directory, manifest)
+
+    @property
+    def name(self) -> str:
+        """The name that it was built under; the directory may be called otherwise by now."""
+        return self.manifest.name
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model means."""
+        return self.manifest.spec
+
+    def graph(self, tower: Tower, precision: str = "fp32") -> Graph:
+        """The description of one graph. Raises BundleError, listing what there is."""
+        graphs = self.manifest.variants.get(precision, {})
+        if tower not in graphs:
+            held = [f"{other} {t}" for other, towers in self.manifest.variants.items() for t in towers]
+            message = f"{self.path} holds no {precision} {tower} graph, only {', '.join(held)}"
+            raise BundleError(message, hint="choose one of these, or build the bundle again with what is missing")
+        return graphs[tower]
+
+    def graph_path(self, tower: Tower, precision: str = "fp32") -> Path:
+        """Where the ONNX file of one tower lies. Raises BundleError, listing what there is."""
+        return self.path / self.graph(tower, precision).file
+
+    def golden(self) -> Golden:
+        """The golden samples. Raises BundleIntegrityError if they cannot be those of this spec."""
+        golden = Golden.load(self.path / GOLDEN)
+        tokenizer, preprocess = self.spec.tokenizer, self.spec.preprocess
+        expected = (tokenizer and tokenizer.context_length, preprocess and preprocess.crop_size)
+        found = (golden.text and golden.text.input_ids.shape[1], golden.image and golden.image.pixels.shape[2])
+        if found != expected:
+            message = f"{GOLDEN}: expected context length and crop size {expected}, found {found}"
+            raise BundleIntegrityError(message, hint=REBUILD)
+        return golden
+
+    def tokenizer_json(self) -> str:
+        """The text of tokenizer.json. Raises BundleError for a bundle without a text tower."""
+        if self.spec.text is None:
+            raise BundleError(f"{self.path} has no text tower, and so no tokenizer")
+        try:
+            return _read(self.path, TOKENIZER).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleIntegrityError(f"{TOKENIZER} is not UTF-8: {error}", hint=REBUILD) from error
+
+    def report(self) -> dict[str, Any]:
+        """What the build measured on its own export, from report.json."""
+        return json_object(_read(self.path, REPORT), where=REPORT)
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    name: str,
+    spec: ModelSpec,
+    provenance: Provenance,
+    variants: Mapping[str, Mapping[Tower, Graph]],
+) -> Manifest:
+    """Hash every file in `directory` and write its manifest.json: the last step of a build.
+
+    The same files and arguments give the same bytes. Raises BundleSchemaError where files, spec and variants do not
+    fit together, BundleIntegrityError for anything that is not a regular file.
+    """
+    names = sorted(set(_listing(directory)) - {MANIFEST})
+    try:
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            name=name,
+            spec=spec,
+            provenance=provenance,
+            variants={precision: dict(graphs) for precision, graphs in variants.items()},
+            files={path: _entry(directory, path) for path in names},
+        )
+    except SpecError as error:
+        raise BundleSchemaError(f"the files of bundle {name!r} do not make one: {error.message}") from error
+    (directory / MANIFEST).write_bytes(manifest_bytes(manifest))
+    return manifest
+
+
+def replace_refusal(directory: Path) -> str | None:
+    """Why a build may not replace `directory`, or None if it is a bundle, in whatever state, and nothing besides.
+
+    A manifest of some other program, or one file of the user's among ours, hidden or not, is a reason.
+    """
+    try:
+        plain = json_object(_read_manifest(directory), where=MANIFEST)
+    except BundleError as error:
+        return f"it is not a bundle: {error.message}"
+    files = plain.get("files")
+    if not isinstance(files, dict) or not {"schema_version", "spec", "variants"} <= plain.keys():
+        return f"it is not a bundle: its {MANIFEST} is that of another program"
+    strangers = sorted(set(_listing(directory)) - files.keys() - {MANIFEST})
+    return f"it holds {_few(strangers)}, which the bundle does not list" if strangers else None
+
+
+def hidden_beside(target: Path, kind: str) -> list[Path]:
+    """The directories `.NAME.<kind>-<8 hex digits>` that `publish` keeps beside `target` while it works, sorted."""
+    pattern = re.compile(re.escape(f".{target.name}.{kind}-") + "[0-9a-f]{8}")
+    try:
+        return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _read_manifest(directory: Path) -> bytes:
+    path = directory / MANIFEST
+    try:
+        regular = stat.S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _not_found(directory) from error
+    except OSError as error:
+        raise BundleError(f"cannot read {directory}: {error.strerror}") from error
+    if not regular:
+        raise BundleIntegrityError(f"{MANIFEST} in {directory} is not a regular file", hint=REBUILD)
+    with _reading(MANIFEST), path.open("rb") as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        message = f"{MANIFEST} has more than {MAX_MANIFEST_BYTES // 2**20} MiB: that is no manifest"
+        raise BundleSchemaError(message, hint=REBUILD)
+    return data
+
+
+def _not_found(directory: Path) -> BundleNotFoundError:
+    for old in [] if "\0" in str(directory) else hidden_beside(directory, "replaced"):
+        message = f"{directory} was being replaced when the build was stopped; the bundle that was there is {old}"
+        return BundleNotFoundError(message, hint="build again, or move it back")
+    if directory.is_dir():
+        what = f"is not a bundle: it has no {MANIFEST}"
+    else:
+        what = "is a file, not the directory of a bundle" if directory.is_file() else "does not exist"
+    return BundleNotFoundError(f"{directory} {what}", hint="make one with: clip-export build CHECKPOINT -o BUNDLE")
+
+
+def _check_listing(directory: Path, manifest: Manifest) -> None:
+    with _reading(directory.name):
+        found = set(_listing(directory, hidden=False)) - {MANIFEST}
+        links = [name for name in sorted(found) if (directory / name).is_symlink()]
+    if links:
+        message = f"{_few(links)} in {directory} is a symbolic link; a bundle holds its files itself"
+        raise BundleIntegrityError(message, hint="copy the bundle with its links followed: cp -rL")
+    missing = sorted(manifest.files.keys() - found)
+    if missing:
+        raise BundleIntegrityError(f"{_few(missing)} is missing from {directory}", hint=REBUILD)
+    strangers = sorted(found - manifest.files.keys())
+    if strangers:
+        message = f"{_few(strangers)} in {directory} is not listed in its {MANIFEST}"
+        raise BundleIntegrityError(message, hint="move it out of the bundle")
+
+
+def _listing(directory: Path, *, hidden: bool = True) -> Iterator[str]:
+    """Paths of everything below `directory` that is not a directory, with `/`; links are listed, never followed.
+
+    `hidden=False` leaves out names that begin with a dot, which no bundle lists: .DS_Store, .git, .gitattributes.
+    """
+    for parent, folders, files in os.walk(directory, onerror=_raise):
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        for name in files + links:
+            if hidden or not name.startswith("."):
+                yield (Path(parent) / name).relative_to(directory).as_posix()
+
+
+def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
+    with _reading(name):
+        status = (directory / name).lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleIntegrityError(f"{name} in {directory} is not a regular file", hint=REBUILD)
+    if status.st_size != entry.size:
+        what = "truncated" if status.st_size < entry.size else "changed"
+        message = f"{name} in {directory} is {what}: expected {entry.size} bytes, found {status.st_size}"
+        raise BundleIntegrityError(message, hint=REBUILD)
+
+
+def _check_sha256(directory: Path, name: str, entry: FileEntry) -> None:
+    with _reading(name):
+        found = _sha256(directory / name)
+    if found != entry.sha256:
+        message = f"{name} in {directory} is changed: expected sha256 {entry.sha256}, found {found}"
+        raise BundleIntegrityError(message, hint=REBUILD)
+
+
+def _entry(directory: Path, name: str) -> FileEntry:
+    status = (directory / name).lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleIntegrityError(f"{name!r} is not a regular file, and cannot be part of a bundle")
+    return FileEntry(sha256=_sha256(directory / name), size=status.st_size)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(directory: Path, name: str) -> bytes:
+    with _reading(name):
+        return (directory / name).read_bytes()
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """A file that cannot be read is a BundleIntegrityError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleIntegrityError(f"{name} cannot be read: {error.strerror}", hint=REBUILD) from error
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _few(names: list[str]) -> str:
+    """The first of many names, printable whatever bytes the disk holds."""
+    shown = ", ".join(ascii(name)[1:-1] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,260 @@
+"""manifest.json: what a bundle says about itself, as frozen dataclasses, and as bytes. No file is opened here.
+
+The rules are explained in docs/bundle-format.md. In short: ASCII JSON without duplicate keys, NaN or numbers beyond
+64 bits; keys in declared order, maps sorted; and as the last key `sha256`, the digest of every byte before it, so that
+a changed manifest is noticed just as a changed graph is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, NoReturn
+
+from clip_export.errors import BundleIntegrityError, BundleSchemaError, SpecError
+from clip_export.spec import ModelSpec, Tower, from_dict
+
+__all__ = [
+    "GOLDEN",
+    "MANIFEST",
+    "REBUILD",
+    "REPORT",
+    "SCHEMA_VERSION",
+    "TOKENIZER",
+    "FileEntry",
+    "Graph",
+    "Manifest",
+    "Provenance",
+    "json_object",
+    "manifest_bytes",
+    "parse_manifest",
+]
+
+SCHEMA_VERSION = 1
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+GOLDEN = "golden.safetensors"
+REPORT = "report.json"
+
+# Lower case, so that a bundle survives a disk that ignores case; a first letter or digit, so that neither `..` nor a
+# hidden file can be named; no colon, backslash or space, so that a path means the same on every system.
+_PATH = re.compile(r"[a-z0-9][a-z0-9._+-]{0,127}(/[a-z0-9][a-z0-9._+-]{0,127}){0,7}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TAIL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
+_TAIL_BYTES = len(b',\n  "sha256": ""\n}\n') + 64
+_MAX_MESSAGE = 400  # characters: a hostile value must not fill the terminal
+
+REBUILD = "build the bundle again, or copy it again from where it came"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file as it was written. `size` in bytes."""
+
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        _require(_SHA256.fullmatch(self.sha256) is not None, f"{self.sha256!r} is not a sha256 in lower-case hex")
+        _require(self.size >= 0, f"a file cannot have {self.size} bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """One ONNX file. External data, where it has any, is a further file of the bundle that the graph itself names.
+
+    `inputs` and `outputs` are tensor names in the graph's order. `sequence_dynamic`: the sequence axis may be trimmed
+    to the longest text of a batch (causal text towers only); otherwise it is always the full context.
+    """
+
+    file: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sequence_dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.opset > 0, f"{self.file}: opset must be positive, found {self.opset}")
+        for kind, names in (("inputs", self.inputs), ("outputs", self.outputs)):
+            distinct = len(names) > 0 and all(names) and len(set(names)) == len(names)
+            _require(distinct, f"{self.file}: {kind} must be distinct names, found {list(names)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a bundle comes from: enough to build it again, nothing about the machine that built it.
+
+    `format` is the checkpoint format, `name` what it is called (a hub id or a file name), `files` its files with their
+    sha256, `versions` those of clip-export and the libraries that numbers depend on, `options` what the user stated.
+    """
+
+    format: str
+    name: str
+    files: dict[str, str]
+    versions: dict[str, str]
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.name.isprintable(), f"provenance.name must be printable, found {self.name!r}")
+        for path in (self.name, *self.files):
+            absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+            _require(not absolute, f"provenance must not name a place on one machine, found {path!r}")
+        for name, digest in self.files.items():
+            _require(_SHA256.fullmatch(digest) is not None, f"provenance.files.{name}: {digest!r} is not a sha256")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The whole of manifest.json, save its own digest.
+
+    `variants` is precision -> tower -> graph; `files` is path -> entry for every file beside the manifest.
+    Raises SpecError where they contradict each other or the spec.
+    """
+
+    schema_version: int
+    name: str
+    spec: ModelSpec
+    provenance: Provenance
+    variants: dict[str, dict[Tower, Graph]]
+    files: dict[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        _require(self.name.isprintable() and self.name != "", f"name must be printable, found {self.name!r}")
+        for path in self.files:
+            allowed = _PATH.fullmatch(path) is not None and path != MANIFEST
+            _require(allowed, f"files: {path!r} is not a path that a bundle may hold")
+        needed = {GOLDEN, REPORT} | ({TOKENIZER} if self.spec.text is not None else set())
+        needed |= {graph.file for graphs in self.variants.values() for graph in graphs.values()}
+        missing = sorted(needed - self.files.keys())
+        _require(not missing, f"files: {', '.join(map(repr, missing))} should be listed and is not")
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        covered = {tower for graphs in self.variants.values() for tower in graphs}
+        same = covered == set(self.spec.towers)
+        _require(same, f"variants hold {_names(covered)}, the spec has {_names(self.spec.towers)}")
+        causal = self.spec.text is not None and self.spec.text.causal
+        for precision, graphs in self.variants.items():
+            _require(re.fullmatch("[a-z0-9]+", precision) is not None, f"variants: {precision!r} is not a precision")
+            _require(len(graphs) > 0, f"variants.{precision}: holds no graph")
+            for tower, graph in graphs.items():
+                trimmable = tower == "text" and causal
+                message = f"{graph.file}: only a causal text tower may have a dynamic sequence"
+                _require(trimmable or not graph.sequence_dynamic, message)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The one way to write `manifest`: the same manifest gives the same bytes, on every machine."""
+    text = json.dumps(_plain(manifest), indent=2, ensure_ascii=True, allow_nan=False)
+    head = text.removesuffix("\n}").encode("ascii")
+    return head + f',\n  "sha256": "{hashlib.sha256(head).hexdigest()}"\n}}\n'.encode("ascii")
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The inverse of `manifest_bytes`, for bytes that nobody vouches for.
+
+    Raises BundleSchemaError for what is no manifest of this schema, BundleIntegrityError if it was changed since.
+    """
+    plain = json_object(data, where=MANIFEST)
+    _check_schema_version(plain.get("schema_version"))
+    _check_digest(data)
+    del plain["sha256"]
+    try:
+        return from_dict(Manifest, plain, where=MANIFEST)
+    except SpecError as error:
+        raise BundleSchemaError(_printable(error.message), hint=REBUILD) from error
+
+
+def json_object(data: bytes, *, where: str) -> dict[str, Any]:
+    """Strict JSON: one object, no duplicate keys, no NaN or infinity, integers of 64 bits. Raises BundleSchemaError."""
+    try:
+        plain = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_int64,
+        )
+    except (ValueError, RecursionError) as error:
+        raise BundleSchemaError(_printable(f"{where} is not valid JSON: {error}"), hint=REBUILD) from error
+    if not isinstance(plain, dict):
+        raise BundleSchemaError(f"{where}: expected an object, found {type(plain).__name__}", hint=REBUILD)
+    return plain
+
+
+def _check_schema_version(found: object) -> None:
+    if type(found) is not int or found < 1:
+        message = f"{MANIFEST}: expected a schema_version of 1 or more, found {found!r}"
+        raise BundleSchemaError(_printable(message), hint="this is not the manifest of a bundle")
+    if found > SCHEMA_VERSION:
+        message = f"schema {found} was written by a newer clip-export; this one reads up to {SCHEMA_VERSION}"
+        raise BundleSchemaError(message, hint="upgrade clip-export: pip install -U clip-export")
+
+
+def _check_digest(data: bytes) -> None:
+    tail = _TAIL.search(data[-_TAIL_BYTES:])
+    if tail is None:
+        raise BundleSchemaError(f'{MANIFEST}: expected it to end with its own "sha256"', hint=REBUILD)
+    found = hashlib.sha256(data[:-_TAIL_BYTES]).hexdigest()
+    if found != tail[1].decode("ascii"):
+        message = f"{MANIFEST} was changed after it was written: expected sha256 {tail[1].decode()}, found {found}"
+        raise BundleIntegrityError(message, hint=REBUILD)
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready data: fields as declared, since people read them in that order, and maps sorted."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if len(plain) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"duplicate key {repeated!r}")
+    return plain
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+def _int64(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text[:24]} is out of range")
+    return int(text)
+
+
+def _printable(message: str) -> str:
+    """The message without control characters or lone surrogates, which hostile keys can carry to the terminal."""
+    cut = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "…"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in cut)
+
+
+def _names(towers: Iterable[str]) -> str:
+    return " and ".join(sorted(towers)) or "no tower"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SpecError(message)
