@@ -90,27 +90,27 @@ def make_huggingface(
 ) -> Any:
     """A checkpoint of transformers' class `kind`, with tokenizer and preprocessor files.
 
-    `weights` is safetensors, sharded, bin, sharded_bin or none. `preprocessor` overrides CLIPImageProcessor's config; {}
-    writes no such file. The tokenizer has the first `vocab_size` - 2 symbols of CLIP's vocabulary: it spells any text.
+    `weights` is safetensors, sharded, bin, sharded_bin or none. `preprocessor` overrides CLIPImageProcessor's config,
+    {} writes no such file. The tokenizer is the start of CLIP's vocabulary and spells any text.
     `eos_token_id` is the config's, 2 for a legacy one; the tokenizer's end token is always the last id.
     """
     transformers = oracles.transformers()
     directory.mkdir(parents=True, exist_ok=True)
-    shared = dict(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        projection_dim=embedding_dim,
-        hidden_act=activation,
-    )
-    text = shared | dict(
-        vocab_size=vocab_size,
-        max_position_embeddings=context_length,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1 if eos_token_id is None else eos_token_id,
-    )
-    vision = shared | dict(image_size=image_size, patch_size=patch_size)
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": embedding_dim,
+        "hidden_act": activation,
+    }
+    text = shared | {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": context_length,
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1 if eos_token_id is None else eos_token_id,
+    }
+    vision = shared | {"image_size": image_size, "patch_size": patch_size}
     if kind == "CLIPModel":
         config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=embedding_dim)
     else:
