@@ -189,7 +189,7 @@ def test_every_vit_of_open_clips_own_configs_is_understood(small: Path, tmp_path
         ("model_cfg", {"init_logit_bias": -10}, "found SigLIP"),
         ("model_cfg", {"multimodal_cfg": {}}, "found CoCa"),
         ("model_cfg", {"audio_cfg": {}}, "model_cfg: unknown key audio_cfg"),
-        ("preprocess_cfg", {"resize_mode": "longest"}, "resize_mode is 'longest', supported: shortest, squash"),
+        ("preprocess_cfg", {"resize_mode": "random"}, "resize_mode is 'random', supported: shortest, longest, squash"),
         ("preprocess_cfg", {"interpolation": "nearest"}, "interpolation is 'nearest', supported: bicubic, bilinear"),
         ("preprocess_cfg", {"gamma": 2}, "preprocess_cfg: unknown key gamma"),
         ("preprocess_cfg", {"mode": "L"}, "mode is 'L', supported: 'RGB'"),
@@ -271,3 +271,10 @@ def test_no_weights(small: Path, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_bytes((small / CONFIG).read_bytes())
     with pytest.raises(CheckpointError, match=r"has open_clip_config.json but no weights, expected open_clip_model"):
         checkpoints.read(tmp_path)
+
+
+def test_the_long_side_and_its_padding(tmp_path: Path) -> None:
+    made.make_open_clip(tmp_path, layers=1, width=64, preprocess={"resize_mode": "longest", "fill_color": 127})
+    spec = checkpoints.read(tmp_path).spec.preprocess
+    assert spec is not None
+    assert (spec.resize_mode, spec.fill) == ("longest", 127)

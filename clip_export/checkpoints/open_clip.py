@@ -241,7 +241,7 @@ def _transformer(tower: Section, heads: int, activation: Activation) -> Transfor
 
 def _preprocess(section: Section, image: ImageSpec, options: Options) -> PreprocessSpec:
     """open_clip/transform.py, image_transform: a missing value is CLIP's own, `size` is always the image tower's."""
-    modes: dict[str, ResizeMode] = {"shortest": "shortest", "squash": "squash"}
+    modes: dict[str, ResizeMode] = {"shortest": "shortest", "longest": "longest", "squash": "squash"}
     # "random" concerns training; at inference open_clip takes bicubic.
     filters: dict[str, Interpolation] = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
     section.require_values({"mode": ("RGB",)})
@@ -253,4 +253,5 @@ def _preprocess(section: Section, image: ImageSpec, options: Options) -> Preproc
         interpolation=filters[section.choice("interpolation", filters, default="bicubic")],
         mean=section.triple("mean", default=MEAN),
         std=section.triple("std", default=STD),
+        fill=int(section.number("fill_color", default=0)),
     )
