@@ -1,4 +1,4 @@
-# Thin targets; each makes the environment that it needs. PYTHON picks the interpreter, EXTRAS what is installed.
+# Thin targets; each makes the environment that it needs. PYTHON picks the interpreter of a new one.
 PYTHON ?= python3
 BIN := .venv/bin
 SENTENCES := "a red circle" "two black squares" "three orange triangles" "two white stars" "a blue cross" \
@@ -16,9 +16,6 @@ demo: install
 	@echo
 	$(BIN)/clip-export similarity engines/demo --images examples/pictures --plot engines/demo-similarity.png \
 		--texts $(SENTENCES)
-	@echo
-	@echo "The same table as a picture: engines/demo-similarity.png"
-
 
 test: check
 	$(BIN)/python -m pytest -n 2

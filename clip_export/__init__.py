@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from clip_export import errors
+from clip_export.errors import ClipExportError
 
 if TYPE_CHECKING:
     from clip_export.bundle import Bundle
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "Encoder", "Verification", "build", "errors", "load", "reference", "verify"]
+__all__ = ["Bundle", "ClipExportError", "Encoder", "Verification", "build", "errors", "load", "reference", "verify"]
 
 # No module carries the name of a function here: importing it would hide the function.
 _HOMES = {

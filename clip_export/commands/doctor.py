@@ -16,9 +16,13 @@ from clip_export.commands._output import print_columns, print_json
 _PURPOSE = {
     "export": "to build bundles from checkpoints",
     "cpu": "to run bundles on any CPU",
-    "cuda": "to run bundles on an NVIDIA GPU",
+    "cuda": "to run bundles on an NVIDIA GPU, instead of cpu",
     "parquet": "to write OUT.parquet",
 }
+
+
+# Both install the same module, and each overwrites the other: whoever has one needs no advice to add the other.
+_EITHER = {"cpu", "cuda"}
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -106,8 +110,10 @@ def _backend_verdict(backend: dict[str, Any]) -> str:
 
 
 def _print_advice(report: dict[str, Any]) -> None:
-    incomplete = [extra for extra, missing in report["extras"].items() if missing]
-    advice = [(_PURPOSE.get(extra, extra), f"pip install 'clip-export[{extra}]'") for extra in incomplete]
+    incomplete = {extra for extra, missing in report["extras"].items() if missing}
+    if not incomplete >= _EITHER:
+        incomplete -= _EITHER
+    advice = [(_PURPOSE.get(extra, extra), f"pip install 'clip-export[{extra}]'") for extra in sorted(incomplete)]
     if any(not package["fits"] for package in report["packages"].get("base", [])):
         advice.insert(0, ("to run at all", "pip install clip-export"))
     broken = [(f"for {b['name']}", b["install"]) for b in report["backends"] if not b["works"] and b["install"]]

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from clip_export.commands._group import say
 from clip_export.commands._output import columns_width, print_columns, print_json
 from clip_export.commands._progress import Bar
 
@@ -51,6 +52,8 @@ def similarity(
         print_json({**result, "probability": shown} if softmax else result)
     else:
         _print_table(shown, _names(files), texts, digits=4 if softmax else 2)
+    if plot is not None:
+        say(f"drawn: {plot}")
 
 
 def _names(files: Sequence[Path]) -> list[str]:
