@@ -29,13 +29,16 @@ check: .venv/installed-dev
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.venv/bin/python:
+# pip is the last that venv makes: without it, the making was interrupted.
+.venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: pyproject.toml | .venv/bin/python
+.venv/installed: pyproject.toml | .venv/bin/pip
+	@echo "installing torch, onnx and onnxruntime into .venv; this takes a minute or more"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[export,cpu]'
 	touch $@
 
-.venv/installed-dev: pyproject.toml | .venv/bin/python
+.venv/installed-dev: pyproject.toml | .venv/bin/pip
+	@echo "installing the development extra into .venv; this takes a minute or more"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@ .venv/installed

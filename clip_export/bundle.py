@@ -109,6 +109,11 @@ class Bundle:
         if found != expected:
             message = f"{GOLDEN}: expected context length and crop size {expected}, found {found}"
             raise BundleIntegrityError(message, hint=REBUILD)
+        for tower, sample in (("text", golden.text), ("image", golden.image)):
+            graphs = [graphs[tower] for graphs in self.manifest.variants.values() if tower in graphs]
+            if sample is not None and any(set(graph.outputs) != sample.outputs.keys() for graph in graphs):
+                message = f"{GOLDEN}: {tower} outputs are {', '.join(sample.outputs)}, not those of the graph"
+                raise BundleIntegrityError(message, hint=REBUILD)
         return golden
 
     def tokenizer_json(self) -> str:

@@ -83,6 +83,7 @@ def embed_texts(
     def encode(good: Sequence[str]) -> Floats:
         return encoder.encode_text(good, normalize=normalize, truncate=truncate)
 
+    encoder.tokenize([])  # raises the error of an encoder without this tower, once
     run = _Run("text", total, skip_errors, report, progress)
     named = ((text, "" if isinstance(text, TextError) else text) for text in texts)
     return run(named, prepare, encode, output, chunk_size=encoder.batch_size * 16)
@@ -207,7 +208,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def _checked_texts(encoder: Encoder, chunk: Sequence[str | TextError], truncate: bool | None) -> list[str | InputError]:
     """Each text, or why it cannot be tokenized. One by one only where the whole chunk does not pass."""
-    texts = [text for text in chunk if isinstance(text, str)]
+    texts = [text for text in chunk if not isinstance(text, TextError)]
     try:
         encoder.tokenize(texts, truncate=truncate)
     except InputError:
@@ -221,5 +222,6 @@ def _checked_text(encoder: Encoder, text: str | TextError, truncate: bool | None
     try:
         encoder.tokenize([text], truncate=truncate)
     except InputError as error:
-        return error
+        # "text 0" is its place in this list of one, which means nothing here.
+        return TextError(error.message.removeprefix("text 0 "), hint=error.hint)
     return text

@@ -90,6 +90,10 @@ class _NpyWriter:
         self._rows += len(rows)
 
     def finish(self) -> None:
+        # The rows first, to the disk: once the array has taken its place nothing but a rename may be left to fail.
+        with writing(rows_path(self._path)):
+            self._rows_file.flush()
+            os.fsync(self._rows_file.fileno())
         with writing(self._path):
             self._file.seek(0)
             self._write_header()

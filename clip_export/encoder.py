@@ -45,8 +45,8 @@ class Encoder:
         batch_size: int = DEFAULT_BATCH_SIZE,
         close: Callable[[], None] | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"expected a batch size of at least 1, found {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"expected a batch size of at least 1, found {batch_size!r}", hint="32 is the default")
         self.spec = spec
         self.batch_size = batch_size
         self._run: dict[Tower, Run | None] = {"text": run_text, "image": run_image}

@@ -6,14 +6,14 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from clip_export.errors import CheckpointError, UnsupportedModelError
 from clip_export.tokenizer_json import END_OF_WORD, canonical_json
 
-__all__ = ["huggingface_tokenizer_json", "is_clip_pipeline"]
+__all__ = ["HuggingfaceTokenizer", "huggingface_tokenizer", "huggingface_tokenizer_json", "is_clip_pipeline"]
 
 HUGGINGFACE_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # its constant
@@ -25,7 +25,21 @@ NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 Built = TypeVar("Built")
 
 
+class HuggingfaceTokenizer(NamedTuple):
+    """A tokenizer in the format of the tokenizers library, and the ids of its start, end and padding token."""
+
+    tokenizer_json: str
+    start_id: int
+    end_id: int
+    pad_id: int
+
+
 def huggingface_tokenizer_json(directory: Path) -> str:
+    """The `tokenizer_json` of `huggingface_tokenizer`."""
+    return huggingface_tokenizer(directory).tokenizer_json
+
+
+def huggingface_tokenizer(directory: Path) -> HuggingfaceTokenizer:
     """The tokenizer that transformers makes of a checkpoint directory, compact and the same bytes each time.
 
     Reads tokenizer.json, or vocab.json and merges.txt, and the special and added tokens of tokenizer_config.json,
@@ -45,12 +59,15 @@ def huggingface_tokenizer_json(directory: Path) -> str:
         added, named = _special_tokens(directory, config, saved)
         core = _core_as_saved(directory, saved) if as_it_stands else _clip_core(directory, saved, named)
         _add_tokens(core, added, named)
+        start_id, end_id, pad_id = (_id(core, named, key) for key in ("bos_token", "eos_token", "pad_token"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"the tokenizer files in {directory} do not fit together: {type(error).__name__}: {error}"
         raise CheckpointError(message, hint="download the tokenizer files again, all from one revision") from error
     if not as_it_stands:
-        core.post_processor = _framing(core, named)
-    return canonical_json(json.loads(core.to_str()))
+        # Start and end token around each text, and nothing else.
+        ends = (str(named["eos_token"]), end_id), (str(named["bos_token"]), start_id)
+        core.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    return HuggingfaceTokenizer(canonical_json(json.loads(core.to_str())), start_id, end_id, pad_id)
 
 
 def _core_as_saved(directory: Path, saved: dict[str, Any] | None) -> Tokenizer:
@@ -81,12 +98,12 @@ def _add_tokens(core: Tokenizer, added: list[AddedToken], named: dict[str, Added
     core.add_tokens([*added, *(token for token in named.values() if str(token) not in contents)])
 
 
-def _framing(core: Tokenizer, named: dict[str, AddedToken]) -> processors.RobertaProcessing:
-    """Start and end token around each text, and nothing else."""
-    start, end = (str(named[name]) for name in ("bos_token", "eos_token"))
-    start_id, end_id = core.token_to_id(start), core.token_to_id(end)
-    assert start_id is not None and end_id is not None, "both were added above"
-    return processors.RobertaProcessing((end, end_id), (start, start_id), trim_offsets=False, add_prefix_space=False)
+def _id(core: Tokenizer, named: dict[str, AddedToken], key: str) -> int:
+    if key not in named:
+        raise ValueError(f"{key} is null, expected a token")
+    index = core.token_to_id(str(named[key]))
+    assert index is not None, "named tokens were added above"
+    return int(index)
 
 
 def _clip_pipeline(model: models.BPE) -> Tokenizer:

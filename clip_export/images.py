@@ -65,7 +65,7 @@ def open_image(source: ImageInput) -> Image.Image:
     """
     name = describe(source)
     if isinstance(source, Image.Image):
-        with _DECODE_LOCKS[id(source) % len(_DECODE_LOCKS)], _decoding(name):
+        with _DECODE_LOCKS[(id(source) >> 6) % len(_DECODE_LOCKS)], _decoding(name):
             source.load()
         image = source
     elif isinstance(source, np.ndarray):

@@ -69,6 +69,11 @@ class Lettering:
         draw.text(place, text, fill=color, font=_font_for(text, size), anchor="mm")
 
 
+def lacks_glyphs(text: str) -> bool:
+    """Whether no font of this machine has all characters of `text`, so that boxes would be drawn in their place."""
+    return _best_font(_clean(text), 24)[1] > 0
+
+
 def _clean(text: str) -> str:
     """One line without what no font draws: control characters, format characters, lone surrogates."""
     spaced = " ".join(text.split())
@@ -114,6 +119,13 @@ def _fitting_count(text: str, font: Font, width: int) -> int:
 
 def _font_for(text: str, size: int) -> Font:
     """The first font that has every character of `text`, or the one that lacks the fewest."""
+    font = _font(_best_font(text, size)[0], size)
+    assert font is not None  # Pillow's own is always there
+    return font
+
+
+def _best_font(text: str, size: int) -> tuple[str, int]:
+    """The name of that font, and how many characters of `text` it lacks."""
     wanted = set(text[:4096])
     names = ("", *_SYSTEM_FONTS)
     lacking = {}
@@ -122,9 +134,8 @@ def _font_for(text: str, size: int) -> Font:
             lacking[name] = sum(1 for character in wanted if not _has(name, character))
             if lacking[name] == 0:
                 break
-    font = _font(min(lacking, key=lacking.__getitem__), size)
-    assert font is not None  # the first is Pillow's own, which is always there
-    return font
+    best = min(lacking, key=lacking.__getitem__)
+    return best, lacking[best]
 
 
 @functools.cache

@@ -74,6 +74,10 @@ def hint_for(error: OSError) -> str | None:
 
 
 def _check_place(target: Path) -> None:
+    for parent in target.parents:
+        if (parent / "manifest.json").is_file() and (parent / "golden.safetensors").is_file():
+            message = f"{target} lies inside the bundle {parent}, which holds nothing but what its manifest lists"
+            raise OutputError(message, hint="choose a place outside the bundle")
     if target.is_dir():
         raise OutputError(f"{target} is a directory, expected the name of a file", hint="add a file name to it")
     if not target.parent.is_dir():

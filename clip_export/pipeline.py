@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clip_export import backends
+from clip_export import __version__, backends
 from clip_export.bundle import Bundle, Graph, Provenance, write_manifest
 from clip_export.checkpoints import Checkpoint, Options, read
 from clip_export.encoder import Encoder
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 ENGINES = Path("engines")
 PROOF_BACKEND = "onnxruntime"
-_LIBRARIES = ("clip-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "safetensors", "torch")
+_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch")
 
 
 def build(
@@ -64,17 +64,23 @@ def build(
     Raises CheckpointError, ExportError, ContractError or BundleError. Nothing is left at `output` then, and what was
     there before is untouched.
     """
-    _require_tools()
-    options = Options(activation=activation, tokenizer_dialect=tokenizer_dialect, preprocess_dialect=preprocess_dialect)
+    if not os.fspath(checkpoint):
+        raise InputError("expected a checkpoint, found an empty name", hint="a directory, a file, a hub id or demo")
+    versions = _versions()
+    options = Options(
+        towers=None if towers is None else _checked(towers),
+        activation=activation,
+        tokenizer_dialect=tokenizer_dialect,
+        preprocess_dialect=preprocess_dialect,
+    )
     target = Path(output) if output is not None else ENGINES / default_name(checkpoint)
     with staged(target, force=force) as staging:
         source = read(checkpoint, options)
         if towers is not None:
-            source = dataclasses.replace(source, spec=source.spec.select(_checked(towers)))
+            source = dataclasses.replace(source, spec=source.spec.select(towers))
         built = [_build_tower(source, tower, outputs, staging, progress) for tower in source.spec.towers]
-        stated: dict[str, str | None] = {"towers": ",".join(towers or ()), "outputs": ",".join(outputs or ())}
-        stated |= dataclasses.asdict(options)
-        _write(staging, default_name(checkpoint), source, built, {key: value for key, value in stated.items() if value})
+        stated = dataclasses.asdict(options) | {"towers": ",".join(towers or ()), "outputs": ",".join(outputs or ())}
+        _write(staging, default_name(checkpoint), source, built, _provenance(source, versions, stated))
         _require_contract(staging, progress)
     return Bundle.open(target, check_files=False)
 
@@ -188,7 +194,7 @@ def _front(source: Checkpoint) -> tuple[Tokenizer | None, Preprocessor | None]:
     return tokenizer, Preprocessor(spec.preprocess) if spec.preprocess is not None else None
 
 
-def _write(staging: Path, name: str, source: Checkpoint, built: Sequence[_Built], stated: dict[str, str]) -> None:
+def _write(staging: Path, name: str, source: Checkpoint, built: Sequence[_Built], provenance: Provenance) -> None:
     """Everything but the graphs: golden samples, tokenizer, report, and last the manifest."""
     texts = [part.golden for part in built if isinstance(part.golden, TextGolden)]
     images = [part.golden for part in built if isinstance(part.golden, ImageGolden)]
@@ -203,19 +209,18 @@ def _write(staging: Path, name: str, source: Checkpoint, built: Sequence[_Built]
         staging,
         name=name,
         spec=source.spec,
-        provenance=_provenance(source, stated),
+        provenance=provenance,
         variants={"fp32": {part.tower: part.graph for part in built}},
     )
 
 
-def _provenance(source: Checkpoint, stated: dict[str, str]) -> Provenance:
-    versions = {library: metadata.version(library) for library in _LIBRARIES}
+def _provenance(source: Checkpoint, versions: dict[str, str], stated: dict[str, str | None]) -> Provenance:
     return Provenance(
         format=source.source.format,
         name=source.source.name,
         files=source.source.sha256,
-        versions=versions | dialect_versions() | preprocess_versions(),
-        options=stated,
+        versions=versions,
+        options={key: value for key, value in stated.items() if value},
     )
 
 
@@ -233,22 +238,26 @@ def _require_contract(staging: Path, progress: Progress) -> None:
 def default_name(checkpoint: str | os.PathLike[str]) -> str:
     """What a bundle is called: the last part of the path or hub id, in lower case, with `-` for unusual characters."""
     last = os.fspath(checkpoint).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
-    stem = re.sub(r"\.(pt|pth|bin|safetensors)$", "", last.lower())
+    stem = re.sub(r"\.(pt|pth|bin|ckpt|safetensors)$", "", last.lower())
     return re.sub(r"[^a-z0-9._+-]+", "-", stem).strip("-.") or "bundle"
 
 
-def _checked(towers: Sequence[Tower]) -> Sequence[Tower]:
+def _checked(towers: Sequence[Tower]) -> tuple[Tower, ...]:
     unknown = sorted(set(towers) - set(TOWERS))
     if unknown or not towers:
         raise InputError(f"expected towers among {', '.join(TOWERS)}, found {', '.join(unknown) or 'none'}")
-    return towers
+    return tuple(towers)
 
 
-def _require_tools() -> None:
-    """Fail before minutes of work, not after."""
+def _versions() -> dict[str, str]:
+    """What the numbers of a build depend on. Raises before minutes of work, not after, where something is missing."""
     missing = [name for name in ("torch", "onnx", "onnx_ir", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
             f"building needs {', '.join(missing)}, not installed here", hint="pip install 'clip-export[export,cpu]'"
         )
-    backends.choose(PROOF_BACKEND)
+    # The backend is asked, not its distribution: that of onnxruntime may also be called onnxruntime-gpu.
+    backend = backends.status(backends.choose(PROOF_BACKEND))
+    versions = {"clip-export": __version__, backend.name: str(backend.version)}
+    versions |= {library: metadata.version(library) for library in _LIBRARIES}
+    return versions | dialect_versions() | preprocess_versions()

@@ -7,6 +7,7 @@ the cells become too small for numbers, and a scale stands in for them.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from clip_export.errors import InputError, OutputError
 from clip_export.images import ImageInput, open_image
-from clip_export.lettering import Lettering
+from clip_export.lettering import Lettering, lacks_glyphs
 from clip_export.output_file import staged_file, writing
 
 Color = tuple[int, int, int]
@@ -94,6 +95,7 @@ def similarity_picture(
     image that cannot be read.
     """
     values = _checked(matrix, len(images), len(texts))
+    _warn_of_boxes(texts)
     lettering = Lettering()
     layout = _layout(len(images), len(texts), texts, lettering, titled=bool(title))
     picture = Image.new("RGB", layout.size, _PAPER)
@@ -151,6 +153,13 @@ def _checked(matrix: npt.ArrayLike, n_images: int, n_texts: int) -> npt.NDArray[
     if not np.isfinite(values).all():
         raise InputError("the matrix holds values that are not finite numbers")
     return values
+
+
+def _warn_of_boxes(texts: Sequence[str]) -> None:
+    boxed = [text for text in texts if lacks_glyphs(text)]
+    if boxed:
+        message = f"no font here has all characters of {boxed[0]!r}; boxes stand for those that are missing"
+        warnings.warn(f"{message}; install one that does, such as Noto or Noto CJK", stacklevel=3)
 
 
 def _layout(columns: int, rows: int, texts: Sequence[str], lettering: Lettering, *, titled: bool) -> _Layout:

@@ -10,10 +10,14 @@ import numpy as np
 from clip_export import backends
 from clip_export.bundle import Bundle
 from clip_export.encoder import DEFAULT_BATCH_SIZE, Encoder
-from clip_export.errors import BundleError, ClipExportError
+from clip_export.errors import BundleError, BundleIntegrityError, InputError
 from clip_export.golden import Golden
+from clip_export.manifest import REBUILD
 from clip_export.preprocess import Preprocessor, preprocess_versions
+from clip_export.spec import Tower
 from clip_export.tokenizer import Tokenizer, dialect_versions
+
+MAX_THREADS = 1024  # more than any machine has cores; ONNX Runtime would start them all
 
 
 def load(
@@ -31,9 +35,14 @@ def load(
     all cores by default; `check_files=False` skips the hashing of files that are known to be whole; `batch_size` is
     the most that an engine is given at once.
 
-    Raises BundleError for a bundle that is damaged, or whose golden samples the libraries installed here tokenize or
-    preprocess in another way; BackendError or MissingDependencyError where no engine can be opened.
+    Raises InputError for threads or a batch size that cannot be; BundleError for a bundle that is damaged, or whose
+    golden samples the libraries installed here tokenize or preprocess in another way; BackendError or
+    MissingDependencyError where no engine can be opened.
     """
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+        raise InputError(
+            f"expected threads from 1 to {MAX_THREADS}, found {threads!r}", hint="leave it out for all cores"
+        )
     bundle = path if isinstance(path, Bundle) else Bundle.open(path, check_files=check_files)
     tokenizer, preprocessor = _front(bundle)
     _check_front(bundle, bundle.golden(), tokenizer, preprocessor)
@@ -47,7 +56,8 @@ def load(
     try:
         for tower in bundle.spec.towers:
             engines[tower] = backends.open_engine(chosen, bundle.graph_path(tower), device=device, threads=threads)
-    except ClipExportError:
+            _check_outputs(bundle, tower, engines[tower])
+    except BaseException:
         close()
         raise
     return Encoder(
@@ -60,6 +70,13 @@ def load(
         batch_size=batch_size,
         close=close,
     )
+
+
+def _check_outputs(bundle: Bundle, tower: Tower, engine: backends.Engine) -> None:
+    graph = bundle.graph(tower)
+    if set(engine.outputs) != set(graph.outputs):
+        message = f"{graph.file} gives {', '.join(engine.outputs)}, the manifest says {', '.join(graph.outputs)}"
+        raise BundleIntegrityError(message, hint=REBUILD)
 
 
 def _front(bundle: Bundle) -> tuple[Tokenizer | None, Preprocessor | None]:

@@ -145,6 +145,18 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         _require(self.text is not None or self.image is not None, "a model needs a text or an image tower")
+        scale = self.logit_scale
+        _require(scale is None or -50 < scale < 50, f"logit_scale is a logarithm, expected within 50, found {scale}")
+        if self.text is not None and self.tokenizer is not None:
+            lengths = self.text.context_length, self.tokenizer.context_length
+            _require(
+                lengths[0] == lengths[1], f"the text tower takes {lengths[0]} tokens, the tokenizer gives {lengths[1]}"
+            )
+        if self.image is not None and self.preprocess is not None:
+            sizes = self.image.image_size, self.preprocess.crop_size
+            _require(
+                sizes[0] == sizes[1], f"the image tower takes {sizes[0]} pixels a side, preprocessing gives {sizes[1]}"
+            )
         _require((self.text is None) == (self.tokenizer is None), "a text tower and a tokenizer go together")
         _require((self.image is None) == (self.preprocess is None), "an image tower and preprocessing go together")
 

@@ -15,7 +15,9 @@ import numpy as np
 from clip_export import backends
 from clip_export.bundle import Bundle
 from clip_export.encoder import Encoder, Floats
+from clip_export.errors import BundleIntegrityError
 from clip_export.golden import ImageGolden, TextGolden
+from clip_export.manifest import REBUILD
 from clip_export.progress import Progress, silent
 from clip_export.runtime import load
 from clip_export.spec import Tower
@@ -102,7 +104,10 @@ def _compare(encoder: Encoder, golden: TextGolden | ImageGolden) -> list[Row]:
 
 
 def compare(tower: Tower, output: str, found: Floats, expected: Floats, *, precision: str = "fp32") -> Row:
-    """`found` against `expected`, both float32 [samples, ..., features]."""
+    """`found` against `expected`, float32 [samples, ..., features]; another shape raises BundleIntegrityError."""
+    if found.shape != expected.shape:
+        message = f"{tower} {output}: the engine gives {list(found.shape)}, the golden samples {list(expected.shape)}"
+        raise BundleIntegrityError(message, hint=REBUILD)
     first, second = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (found, expected))
     lengths = [np.linalg.norm(rows, axis=1, keepdims=True) for rows in (first, second)]
     with np.errstate(invalid="ignore", divide="ignore"):  # a zero or infinite row has no cosine: NaN fails

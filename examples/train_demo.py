@@ -266,7 +266,9 @@ def save(model: CLIPModel, processor: CLIPProcessor, curve: list, options: argpa
 
 def command(options: argparse.Namespace) -> str:
     """The command line that repeats this training."""
-    flags = " ".join(f"--{name} {getattr(options, name)}" for name in ("seed", "steps", "batch", "rate", "threads"))
+    flags = " ".join(
+        f"--{name} {getattr(options, name)}" for name in ("seed", "steps", "batch", "rate", "threads", "every")
+    )
     return f"python examples/train_demo.py {flags} --out {options.out}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import importlib
 import json
@@ -115,14 +116,16 @@ def test_a_path_object_is_never_a_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UnknownCheckpointError, match=r"it is empty; expected one of"):
+    with pytest.raises(UnknownCheckpointError, match=r"it is empty; expected one of") as caught:
         checkpoints.read(tmp_path)
+    assert caught.value.hint is not None and "name the directory that holds config and weights" in caught.value.hint
     for i in range(12):
         (tmp_path / f"photo{i:02}.jpg").touch()
     with pytest.raises(UnknownCheckpointError, match=r"found photo00.jpg, .* and 2 more; expected one of"):
         checkpoints.read(tmp_path)
-    with pytest.raises(UnknownCheckpointError, match=r"photo00.jpg is not a checkpoint that is known here"):
+    with pytest.raises(UnknownCheckpointError, match=r"photo00.jpg is not a checkpoint that is known here") as caught:
         checkpoints.read(tmp_path / "photo00.jpg")
+    assert caught.value.hint is not None and "name the weights file" in caught.value.hint
 
 
 def test_two_formats_in_one_directory(huggingface: Path, open_clip: Path, tmp_path: Path) -> None:
@@ -427,11 +430,13 @@ def hub(huggingface: Path, open_clip: Path, tmp_path: Path, monkeypatch: pytest.
     contents = {"org/hf": [huggingface], "org/oc": [open_clip], "org/both": [huggingface, open_clip]}
     asked: list[list[str]] = []
 
-    def snapshot_download(name: str, *, allow_patterns: list[str], etag_timeout: float) -> str:
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str], etag_timeout: float) -> str:
         if name not in contents:
             raise huggingface_hub.errors.LocalEntryNotFoundError("no such thing\nsecond line")
         asked.append(allow_patterns)
-        target = tmp_path / name
+        # main moves on with every question that does not name a commit
+        commit = revision or hashlib.sha1(str(len(asked)).encode()).hexdigest()
+        target = tmp_path / name / "snapshots" / commit
         target.mkdir(parents=True, exist_ok=True)
         for file in (file for directory in contents[name] for file in directory.iterdir()):
             wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns)
@@ -458,6 +463,33 @@ def test_hub_ids_choose_the_format(hub: list[list[str]], huggingface: Path, open
 def test_the_hub_is_not_asked_for_a_pickle_where_safetensors_are(hub: list[list[str]]) -> None:
     checkpoints.read("org/hf")
     assert not any("pytorch_model.bin" in patterns for patterns in hub)
+
+
+def test_all_files_are_of_the_commit_that_was_found_first(
+    hub: list[list[str]], huggingface: Path, tmp_path: Path
+) -> None:
+    checkpoint = checkpoints.read("org/hf")
+    assert len(hub) > 1
+    (snapshot,) = (tmp_path / "org" / "hf" / "snapshots").iterdir()
+    assert {file.name for file in snapshot.iterdir()} == {file.name for file in huggingface.iterdir()}
+    assert checkpoint.source.name == "org/hf"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_network(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def snapshot_download(*args: object, **options: object) -> str:
+        raise OSError(code, os.strerror(code), str(tmp_path / "blob"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.read("org/hf")
+    stored = "org/hf cannot be stored in the Hugging Face Hub's cache"
+    assert caught.value.message == f"{stored}: {os.strerror(code)} ({tmp_path / 'blob'})"
+    assert caught.value.hint is not None and "HF_HOME" in caught.value.hint and "network" not in caught.value.hint
 
 
 def test_a_repository_of_the_other_format(hub: list[list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,11 +12,13 @@ import checkpoints_made as made
 import numpy as np
 import oracles
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from clip_export import checkpoints
 from clip_export.checkpoints import Options, _huggingface_preprocess
-from clip_export.errors import AmbiguousCheckpointError, CheckpointError, UnsupportedModelError
-from clip_export.spec import PreprocessSpec, TokenizerSpec
+from clip_export.errors import AmbiguousCheckpointError, CheckpointError, UnsupportedModelError, WeightsError
+from clip_export.spec import Dialect, PreprocessSpec, TokenizerSpec, Tower
 
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -246,9 +249,10 @@ def test_a_tokenizer_of_another_checkpoint(text_model: Path, tmp_path: Path) -> 
         checkpoints.read(tmp_path / "malformed")
 
 
-def test_without_tokenizer_files_and_not_clips_vocabulary(text_model: Path) -> None:
+@pytest.mark.parametrize("dialect", [None, "huggingface", "openai"])
+def test_without_tokenizer_files_and_not_clips_vocabulary(dialect: Dialect | None, text_model: Path) -> None:
     with pytest.raises(AmbiguousCheckpointError, match="its text tower embeds 600 ids, not the 49408") as caught:
-        checkpoints.read(text_model)
+        checkpoints.read(text_model, Options(tokenizer_dialect=dialect))
     assert caught.value.hint is not None and "vocab.json and merges.txt" in caught.value.hint
 
 
@@ -263,14 +267,116 @@ def clip_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_without_tokenizer_files_clips_vocabulary_is_huggingfaces_own(clip_text_model: Path, tmp_path: Path) -> None:
-    checkpoint = checkpoints.read(clip_text_model)
+def test_without_tokenizer_files_the_user_decides(clip_text_model: Path, tmp_path: Path) -> None:
+    """SD 1 pads with the end token and SD 2 with 0, both with CLIP's vocabulary: its size does not tell them apart."""
+    with pytest.raises(AmbiguousCheckpointError, match="what it pads texts with, are not known") as caught:
+        checkpoints.read(clip_text_model)
+    assert caught.value.hint is not None and "state --tokenizer-dialect" in caught.value.hint
+
+    checkpoint = checkpoints.read(clip_text_model, Options(tokenizer_dialect="huggingface"))
     spec = checkpoint.spec.tokenizer
     assert spec is not None
     assert (spec.dialect, spec.start_id, spec.end_id, spec.pad_id) == ("huggingface", 49406, 49407, 49407)
+    assert tokenizer_of(clip_text_model, Options(tokenizer_dialect="openai")).pad_id == 0
 
     made.write_tokenizer(linked(clip_text_model, tmp_path), made.CLIP_VOCAB_SIZE, old=True)
     assert checkpoint.tokenizer_json == checkpoints.read(tmp_path).tokenizer_json
+
+
+@pytest.mark.parametrize("number", ["", "_2"])
+def test_the_tokenizer_of_a_diffusers_pipeline_is_beside_its_text_encoder(
+    number: str, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SD 2's layout: text_encoder/ without tokenizer files, and tokenizer/ that pads with "!", id 0."""
+    encoder, tokenizer = tmp_path / f"text_encoder{number}", tmp_path / f"tokenizer{number}"
+    encoder.mkdir()
+    tokenizer.mkdir()
+    linked(text_model, encoder)
+    made.write_tokenizer(tokenizer, made.SMALL_VOCAB_SIZE, old=True)
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+
+    checkpoint = checkpoints.read(encoder)
+    spec = checkpoint.spec.tokenizer
+    assert spec is not None
+    theirs = oracles.transformers().CLIPTokenizer.from_pretrained(tokenizer)
+    assert (spec.start_id, spec.end_id, spec.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert spec.pad_id == 0
+
+    names = {f"tokenizer{number}/{file.name}": file for file in tokenizer.iterdir()}
+    assert set(checkpoint.source.sha256) == {"config.json", "model.safetensors", *names}
+    for name, file in names.items():
+        assert checkpoint.source.sha256[name] == hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.chdir(encoder)
+    assert checkpoints.read(".").source == checkpoint.source
+    assert checkpoints.read(Path("model.safetensors")).source.sha256 == checkpoint.source.sha256
+
+
+def test_a_tokenizer_beside_another_directory_or_encoder_is_not_taken(text_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    made.write_tokenizer(tmp_path / "tokenizer", made.SMALL_VOCAB_SIZE)
+    for name in ("my_model", "text_encoder_2", "text_encoder_old"):
+        (tmp_path / name).mkdir()
+        linked(text_model, tmp_path / name)
+        with pytest.raises(AmbiguousCheckpointError, match="no tokenizer files in the checkpoint"):
+            checkpoints.read(tmp_path / name)
+
+
+def test_tokenizer_files_inside_the_checkpoint_win(text_model: Path, tmp_path: Path) -> None:
+    encoder, tokenizer = tmp_path / "text_encoder", tmp_path / "tokenizer"
+    encoder.mkdir()
+    tokenizer.mkdir()
+    made.write_tokenizer(tokenizer, made.SMALL_VOCAB_SIZE, pad_token="!")
+    made.write_tokenizer(linked(text_model, encoder), made.SMALL_VOCAB_SIZE)
+    assert tokenizer_of(encoder).pad_id == 599
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token"])
+def test_a_special_token_that_is_null(key: str, text_model: Path, tmp_path: Path) -> None:
+    made.write_tokenizer(linked(text_model, tmp_path), made.SMALL_VOCAB_SIZE, old=True, **{key: None})
+    with pytest.raises(CheckpointError, match=f"{key} is null, expected a token"):
+        checkpoints.read(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bare_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole CLIP with neither processor nor tokenizer files."""
+    directory = tmp_path_factory.mktemp("bare_clip")
+    made.make_huggingface(directory, layers=1, tokenizer=False, preprocessor={})
+    return directory
+
+
+def test_what_serves_a_tower_that_is_not_wanted_need_not_be_known(bare_clip: Path, tmp_path: Path) -> None:
+    made.write_tokenizer(linked(bare_clip, tmp_path), made.SMALL_VOCAB_SIZE)
+    with pytest.raises(AmbiguousCheckpointError, match=PREPROCESSOR):
+        checkpoints.read(tmp_path)
+    text = checkpoints.read(tmp_path, Options(towers=("text",)))
+    assert text.spec.towers == ("text",)
+    image = checkpoints.read(bare_clip, Options(towers=("image",), preprocess_dialect="huggingface"))
+    assert (image.spec.towers, image.tokenizer_json) == (("image",), None)
+    assert set(image.source.sha256) == {"config.json", "model.safetensors"}
+
+    both = checkpoints.read(tmp_path, Options(preprocess_dialect="huggingface", towers=("image", "text")))
+    assert both.spec.towers == ("text", "image")
+    assert text.spec == both.spec.select(["text"]) and image.spec == both.spec.select(["image"])
+    assert set(text.weights) | set(image.weights) == set(both.weights)
+    for tower in (text, image):
+        made.assert_same_weights(tower, {name: both.weights[name].float() for name in tower.weights})
+
+
+def test_weights_of_neither_tower_are_unexpected_whatever_is_wanted(bare_clip: Path, tmp_path: Path) -> None:
+    linked(bare_clip, tmp_path)
+    state = load_file(bare_clip / "model.safetensors") | {"adapter.weight": torch.ones(1)}
+    (tmp_path / "model.safetensors").unlink()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r": 1 unexpected: adapter\.weight"):
+        checkpoints.read(tmp_path, Options(towers=("image",), preprocess_dialect="huggingface"))
+
+
+@pytest.mark.parametrize("towers", [("image",), ("text", "image")])
+def test_a_wanted_tower_that_is_not_there(towers: tuple[Tower, ...], text_model: Path) -> None:
+    with pytest.raises(CheckpointError, match="this checkpoint has no image tower, only text") as caught:
+        checkpoints.read(text_model, Options(towers=towers))
+    assert caught.value.hint == "its class is CLIPTextModel; a CLIPModel has both towers"
 
 
 def test_a_stated_dialect_takes_clips_own_vocabulary(clip_text_model: Path, text_model: Path, tmp_path: Path) -> None:

@@ -229,6 +229,7 @@ def test_what_changes_the_spec_and_no_weight(small: Path, tmp_path: Path) -> Non
     edit(tmp_path, "text_cfg", no_causal_mask=True, norm_kwargs={"eps": 1e-6}, pad_id=1, output_tokens=True)
     edit(tmp_path, "vision_cfg", patch_dropout=0.5, timm_pool="avg", timm_model_name=None)
     edit(tmp_path, "preprocess_cfg", mean=0.5, size=224, fill_color=0, interpolation="random")
+    edit(tmp_path, "model_cfg", init_logit_bias=None)
     spec = checkpoints.read(tmp_path, Options(activation="quick_gelu", tokenizer_dialect="openai")).spec
     assert (
         spec.text is not None and spec.image is not None and spec.tokenizer is not None and spec.preprocess is not None

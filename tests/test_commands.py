@@ -184,6 +184,7 @@ def test_inspect(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     assert result.stdout.startswith("tiny, bundle schema 1\n")
     for words in (
+        "\ntowers\n",
         "77 tokens of 600 -> 2 layers of width 128, 2 heads, quick_gelu, causal -> embedding of 64",
         "32 x 32 pixels in patches of 16 x 16 -> 2 layers of width 128",
         "huggingface dialect; start 598, end 599, padded with 599",
@@ -635,3 +636,14 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.isascii()
     assert json.loads(out) == {"a": [None, 1.5, [None]], "b": "é\udce9"}
+
+
+def test_embed_does_not_replace_what_it_reads(tiny_bundle: Path, tmp_path: Path) -> None:
+    source = tmp_path / "keep.rows.jsonl"
+    source.write_text("a\nb\n")
+    found = CliRunner().invoke(
+        app, ["embed", str(tiny_bundle), "--texts", str(source), "-o", str(tmp_path / "keep.npy")]
+    )
+    assert found.exit_code == 1
+    assert "would be replaced by what is written" in found.stderr
+    assert source.read_text() == "a\nb\n"

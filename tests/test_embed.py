@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 import tracemalloc
 from collections.abc import Iterator
@@ -229,6 +231,48 @@ def test_an_encoder_without_the_tower(encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no text tower"):
         embed_texts(Encoder(encoder.spec.select(["image"])), ["a cat"], tmp_path / "a.npy")
     assert not names_in(tmp_path)
+
+
+def test_texts_for_an_encoder_of_images_fail_once(encoder: Encoder, tmp_path: Path) -> None:
+    images_only = Encoder(encoder.spec.select(["image"]))
+    failures: list[Failure] = []
+    with pytest.raises(InputError, match="no text tower"):
+        embed_texts(images_only, ["a"] * 1000, tmp_path / "o.npy", report=failures.append)
+    assert failures == []
+
+
+def test_an_output_inside_a_bundle_is_refused(encoder: Encoder, tiny_bundle: Path) -> None:
+    """It would make the bundle one that cannot be opened."""
+    with pytest.raises(OutputError, match="lies inside the bundle"):
+        embed_texts(encoder, ["a"], tiny_bundle / "o.npy")
+    clip_export.Bundle.open(tiny_bundle)
+
+
+def test_rows_that_cannot_be_written_leave_the_array_as_it_was(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "o.npy"
+    embed_texts(encoder, ["a"], output)
+    before = output.read_bytes()
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").resolve().name.startswith(".o.rows"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"o.rows.jsonl cannot be written: no space left"):
+        embed_texts(encoder, ["b", "c"], output)
+    assert output.read_bytes() == before
+    assert names_in(tmp_path) == {"o.npy", "o.rows.jsonl"}
+
+
+def test_what_is_no_text_is_a_failure_in_its_place(encoder: Encoder, tmp_path: Path) -> None:
+    failures: list[Failure] = []
+    texts: list[Any] = ["a", None, "b"]
+    result = embed_texts(encoder, texts, tmp_path / "o.npy", skip_errors=True, report=failures.append)
+    assert (result.rows, [failure.index for failure in failures]) == (2, [1])
 
 
 def test_an_interruption_leaves_nothing(encoder: Encoder, tmp_path: Path) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import json
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
 from pathlib import Path
 from shutil import copytree
 
@@ -12,12 +17,14 @@ import checkpoints_made
 import numpy as np
 import onnx
 import pytest
+from specs_made import tiny_spec
 
 import clip_export
 from clip_export import pipeline, verification
 from clip_export.bundle import Bundle, write_manifest
 from clip_export.errors import (
     BundleError,
+    BundleIntegrityError,
     CheckpointError,
     ContractError,
     ExportError,
@@ -25,6 +32,7 @@ from clip_export.errors import (
     SpecError,
 )
 from clip_export.golden import Golden, golden_images, golden_texts
+from clip_export.manifest import parse_manifest
 
 
 def files(directory: Path) -> set[str]:
@@ -33,7 +41,7 @@ def files(directory: Path) -> set[str]:
 
 def rewrite(path: Path) -> None:
     """Write the manifest again, as if the files had always been like this."""
-    manifest = Bundle.open(path, check_files=False).manifest
+    manifest = parse_manifest((path / "manifest.json").read_bytes())
     (path / "manifest.json").unlink()
     write_manifest(
         path, name=manifest.name, spec=manifest.spec, provenance=manifest.provenance, variants=manifest.variants
@@ -130,6 +138,99 @@ def test_another_resize_is_noticed_at_load(tiny_bundle: Path, tmp_path: Path) ->
     assert "build the bundle again" in str(info.value)
 
 
+def test_golden_outputs_are_those_of_the_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    """An output that the samples lack would never be verified, and one that the graph lacks cannot be."""
+    path = tmp_path / "b"
+    copytree(tiny_bundle, path)
+    golden = Golden.load(path / "golden.safetensors")
+    assert golden.text is not None
+    golden.text.outputs["pooled"] = golden.text.outputs["embedding"]
+    golden.save(path / "golden.safetensors")
+    rewrite(path)
+    with pytest.raises(BundleIntegrityError, match="text outputs are embedding, pooled, not those of the graph"):
+        clip_export.verify(path)
+
+
+def test_golden_outputs_of_another_width(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    copytree(tiny_bundle, path)
+    golden = Golden.load(path / "golden.safetensors")
+    assert golden.image is not None
+    golden.image.outputs["embedding"] = golden.image.outputs["embedding"][:, :32]
+    golden.save(path / "golden.safetensors")
+    rewrite(path)
+    with pytest.raises(BundleIntegrityError, match=r"the engine gives \[13, 64\], the golden samples \[13, 32\]"):
+        clip_export.verify(path)
+
+
+def test_a_manifest_that_contradicts_its_graph_is_noticed_at_load(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    copytree(tiny_bundle, path)
+    graph = onnx.load(path / "text.onnx")
+    onnx.save(_renamed_output(graph), path / "text.onnx")
+    rewrite(path)
+    with pytest.raises(BundleIntegrityError, match=r"text.onnx gives vector, the manifest says embedding"):
+        clip_export.load(path)
+
+
+def _renamed_output(graph: onnx.ModelProto) -> onnx.ModelProto:
+    graph.graph.output[0].name = graph.graph.node[-1].output[0] = "vector"
+    return graph
+
+
+def test_threads_that_cannot_be(tiny_bundle: Path) -> None:
+    for threads in (0, -1, 10**6, "3", 1.5):
+        with pytest.raises(InputError, match="expected threads from 1 to 1024"):
+            clip_export.load(tiny_bundle, threads=threads)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a batch size of at least 1, found '3'"):
+        clip_export.load(tiny_bundle, batch_size="3")  # type: ignore[arg-type]
+
+
+def test_an_empty_name_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found an empty name"):
+        clip_export.build("", tmp_path / "b")
+
+
+def test_sizes_of_a_spec_agree() -> None:
+    spec = tiny_spec()
+    assert spec.text is not None
+    assert spec.image is not None
+    with pytest.raises(SpecError, match="the text tower takes 15 tokens, the tokenizer gives 16"):
+        dataclasses.replace(spec, text=dataclasses.replace(spec.text, context_length=15))
+    with pytest.raises(SpecError, match="the image tower takes 40 pixels a side, preprocessing gives 32"):
+        dataclasses.replace(spec, image=dataclasses.replace(spec.image, image_size=40))
+    with pytest.raises(SpecError, match="logit_scale is a logarithm"):
+        dataclasses.replace(spec, logit_scale=1000.0)
+
+
+def test_sigterm_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What timeout and docker stop send, in the middle of a build."""
+    command = [sys.executable, "-m", "clip_export", "build", str(tiny_checkpoint), "-o", str(tmp_path / "b")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(tmp_path.glob(".b.building-*/text.onnx")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; nothing half-written was left" in errors
+    assert {name for name in files(tmp_path) if not name.endswith(".lock")} == set()
+
+
+def test_versions_do_not_hang_on_the_name_of_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu brings the module onnxruntime, and a checkout need not be installed at all."""
+    version = metadata.version
+
+    def installed(name: str) -> str:
+        if name in ("onnxruntime", "clip-export"):
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", installed)
+    found = pipeline._versions()
+    assert found["clip-export"] == clip_export.__version__
+    assert found["onnxruntime"][0].isdigit()
+
+
 def test_outputs_and_towers_can_be_chosen(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = clip_export.build(tiny_checkpoint, tmp_path / "b", towers=["text"], outputs=["hidden_states", "embedding"])
     assert files(tmp_path / "b") == {
@@ -155,7 +256,7 @@ def test_requests_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found logits"):
         clip_export.build(tiny_checkpoint, tmp_path / "b", outputs=["logits"])
     checkpoints_made.make_huggingface(tmp_path / "text", kind="CLIPTextModel")
-    with pytest.raises(SpecError, match="this checkpoint has no image tower, only text"):
+    with pytest.raises(CheckpointError, match="this checkpoint has no image tower, only text"):
         clip_export.build(tmp_path / "text", tmp_path / "b", towers=["image"])
     assert not (tmp_path / "b").exists()
 

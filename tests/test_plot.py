@@ -104,6 +104,7 @@ def test_images_of_any_mode(mode: str) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 64), st.lists(st.text(max_size=300), min_size=1, max_size=64), st.text(max_size=80))
+@pytest.mark.filterwarnings("ignore:no font here has all characters")
 def test_any_texts_and_sizes(n_images: int, texts: list[str], title: str) -> None:
     image = pictures.picture("RGB", 20, 30)
     picture = plot.similarity_picture(random_matrix(n_images, len(texts)), [image] * n_images, texts, title=title)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 INSTALL = "pip install 'clip-export[cpu]' (or [cuda] for an NVIDIA GPU)"
+# Both distributions bring the module onnxruntime: one installed over the other leaves neither whole.
+INSTALL_CUDA = "pip uninstall onnxruntime, then pip install 'clip-export[cuda]'; or use device cpu"
 
 
 def status() -> Status:
@@ -23,6 +25,8 @@ def status() -> Status:
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C while the library was loading is no missing library
+            raise KeyboardInterrupt from error
         found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
         reason = f"{found[0]} is installed but cannot be imported: {error}" if found else "onnxruntime is not installed"
         return Status(name="onnxruntime", works=False, version=None, reason=reason, install=INSTALL)
@@ -40,21 +44,24 @@ class OnnxRuntimeEngine:
 
     def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         ort = _import()
+        ort.disable_telemetry_events()
         options = ort.SessionOptions()
         options.log_severity_level = 3  # its warnings speak of its own kernels; errors are raised
         if threads is not None:
             options.intra_op_num_threads = threads
         providers = _providers(device)
+        wanted, offered = providers[0][0], ort.get_available_providers()
+        if wanted not in offered:
+            message = f"{device} needs ONNX Runtime's {wanted}; the one installed offers {', '.join(offered)}"
+            raise BackendError(message, hint=INSTALL_CUDA)
         try:
             session = ort.InferenceSession(str(path), options, providers=providers)
         except _failures() as error:
             raise BackendError(f"ONNX Runtime cannot open {path.name}: {error}", hint="rebuild the bundle") from error
         # Asked for CUDA, a session that cannot have it runs on the CPU and only logs that.
-        if session.get_providers()[0] != providers[0][0]:
-            raise BackendError(
-                f"ONNX Runtime offers {', '.join(ort.get_available_providers())}, and {device} needs {providers[0][0]}",
-                hint="pip install 'clip-export[cuda]', or use device='cpu'",
-            )
+        if session.get_providers()[0] != wanted:
+            message = f"ONNX Runtime cannot use {wanted} on this machine: there is no GPU, no driver or no CUDA 13"
+            raise BackendError(message, hint="check nvidia-smi, or use device cpu")
         self._session: onnxruntime.InferenceSession | None = session
         self.outputs = tuple(output.name for output in session.get_outputs())
 
@@ -72,11 +79,15 @@ class OnnxRuntimeEngine:
 
 
 def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(device, str):
+        raise BackendError(f"expected device cpu or cuda:N, found {device!r}")
     if device == "cpu":
         return [("CPUExecutionProvider", {})]
     kind, _, index = device.partition(":")
     if kind != "cuda" or not (index.isdigit() or not index):
-        raise BackendError(f"expected device cpu or cuda:N, found {device!r}")
+        raise BackendError(
+            f"expected device cpu or cuda:N, found {device!r}", hint="choose cpu, or the number of a GPU"
+        )
     # TF32 keeps 10 bits of a float32's 23: not fp32.
     return [("CUDAExecutionProvider", {"device_id": int(index or 0), "use_tf32": 0})]
 

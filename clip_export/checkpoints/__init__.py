@@ -29,7 +29,7 @@ from clip_export.errors import (
     SpecError,
     UnknownCheckpointError,
 )
-from clip_export.spec import Activation, Dialect, ModelSpec
+from clip_export.spec import Activation, Dialect, ModelSpec, Tower
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +42,18 @@ class Options:
     """What a user may state about a checkpoint. None means: read it from the checkpoint, or raise if it is not there.
 
     Stating `preprocess_dialect` also states that pictures are resized and normalized with CLIP's own constants where
-    the checkpoint does not say how.
+    the checkpoint does not say how. `towers` are those that are wanted, None for all: what serves only others need not
+    be known. A reader may return more towers than are wanted.
     """
 
     activation: Activation | None = None
     tokenizer_dialect: Dialect | None = None
     preprocess_dialect: Dialect | None = None
+    towers: tuple[Tower, ...] | None = None
+
+    def wants(self, tower: Tower) -> bool:
+        """Whether what serves `tower` has to be known."""
+        return self.towers is None or tower in self.towers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +161,15 @@ def _unknown(candidate: str | Path) -> UnknownCheckpointError:
             hint="check the path; a hub id is written org/name, or hf-hub:org/name for open_clip",
         )
     if candidate.is_file():
-        return UnknownCheckpointError(f"{candidate.name} is not a checkpoint that is known here; {expected}")
-    return UnknownCheckpointError(f"no checkpoint in directory {candidate}: {_contents(candidate)}; {expected}")
+        return UnknownCheckpointError(
+            f"{candidate.name} is not a checkpoint that is known here; {expected}",
+            hint="name the weights file, or the directory that holds it with its config",
+        )
+    return UnknownCheckpointError(
+        f"no checkpoint in directory {candidate}: {_contents(candidate)}; {expected}",
+        hint="name the directory that holds config and weights, such as the text_encoder folder of a Stable Diffusion "
+        "pipeline; a download may also have been interrupted",
+    )
 
 
 def _contents(directory: Path) -> str:

@@ -81,12 +81,16 @@ def base_name(path: Path) -> str:
 
 
 def source(format_name: str, name: str, directory: Path, files: Iterable[Path]) -> Source:
-    """Provenance of the `files` that were read, hashed now. Names are relative to `directory`."""
+    """Provenance of the `files` that were read, hashed now. Names are relative to `directory`.
+
+    A file of a folder beside it (diffusers' tokenizer/) is named with that folder: tokenizer/vocab.json.
+    """
     return Source(format=format_name, name=name, sha256={_relative(f, directory): _sha256(f) for f in files})
 
 
 def _relative(file: Path, directory: Path) -> str:
-    return file.relative_to(directory).as_posix()
+    inside = file.is_relative_to(directory)
+    return file.relative_to(directory).as_posix() if inside else f"{file.parent.name}/{file.name}"
 
 
 def _sha256(path: Path) -> str:

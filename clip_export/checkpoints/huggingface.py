@@ -6,7 +6,8 @@ them; here they come together with the weights. q, k and v are separate in the f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +30,16 @@ from clip_export.checkpoints._huggingface_tokenizer import TOKENIZER_FILES, toke
 from clip_export.checkpoints._tensors import StoredTensor, read_tensors
 from clip_export.checkpoints._weights import Recipe, bind, scalar
 from clip_export.errors import CheckpointError, UnknownCheckpointError
-from clip_export.spec import ModelSpec, weight_shapes
+from clip_export.spec import ModelSpec, Tower, weight_shapes
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 EXPECTS = f"a directory, or org/name on the hub, with {CONFIG} and {' or '.join(WEIGHTS)}, whole or in shards"
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
+_TOWER_KEYS: dict[Tower, tuple[str, ...]] = {
+    "text": ("text_model.", "text_projection."),
+    "image": ("vision_model.", "visual_projection."),
+}
 
 
 class _Files(NamedTuple):
@@ -67,7 +72,9 @@ def read(checkpoint: str | Path, options: Options) -> Checkpoint:
     spec, tokenizer_json, read_files = _spec(files.directory, config, architecture, stored, options)
     recipes = _recipes(spec, stored)
     used = {"logit_scale"} if spec.logit_scale is not None else set()
-    weights = bind(stored, recipes, weight_shapes(spec), used=used, ignored=_is_position_ids)
+    unwanted = set(architecture.towers) - set(spec.towers)
+    ignored = functools.partial(_is_passed_over, unwanted=unwanted)
+    weights = bind(stored, recipes, weight_shapes(spec), used=used, ignored=ignored)
     return Checkpoint(
         spec=spec,
         weights=weights,
@@ -117,24 +124,38 @@ def _spec(
     """The spec, the tokenizer's JSON, and the files beside config.json that they were read from."""
     text = image = tokenizer = preprocess = tokenizer_json = None
     files: list[Path] = []
-    if "text" in architecture.towers:
+    wanted = _wanted(architecture, options)
+    if "text" in wanted:
         section = text_section(config)
         text = text_spec(section, projection_dim(config, section, architecture), options)
         tokenizer, tokenizer_json, found = tokenizer_spec(directory, text, end_id(section), options)
         files += found
-    if "image" in architecture.towers:
+    if "image" in wanted:
         section = image_section(config)
         image = image_spec(section, projection_dim(config, section, architecture), options)
         preprocess, found = preprocess_spec(directory, image, options)
         files += found
-    logit_scale = scalar(stored, "logit_scale") if text is not None and image is not None else None
+    logit_scale = scalar(stored, "logit_scale") if len(architecture.towers) > 1 else None
     spec = ModelSpec(text=text, image=image, tokenizer=tokenizer, preprocess=preprocess, logit_scale=logit_scale)
     return spec, tokenizer_json, files
 
 
-def _is_position_ids(key: str) -> bool:
-    """0, 1, 2, …, which transformers before 4.31 stored with the weights."""
-    return key.endswith("embeddings.position_ids")
+def _wanted(architecture: Architecture, options: Options) -> list[Tower]:
+    missing = [tower for tower in options.towers or () if tower not in architecture.towers]
+    if missing:
+        raise CheckpointError(
+            f"this checkpoint has no {' and no '.join(missing)} tower, only {', '.join(architecture.towers)}",
+            hint=f"its class is {architecture.name}; a CLIPModel has both towers",
+        )
+    return [tower for tower in architecture.towers if options.wants(tower)]
+
+
+def _is_passed_over(key: str, unwanted: Collection[Tower]) -> bool:
+    """What carries no information here: position ids (0, 1, 2, …), and a tower that is not wanted.
+
+    transformers before 4.31 stored position ids with the weights.
+    """
+    return key.endswith("embeddings.position_ids") or any(key.startswith(_TOWER_KEYS[tower]) for tower in unwanted)
 
 
 def _recipes(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> dict[str, Recipe]:

@@ -90,7 +90,8 @@ _VISION_INERT = {"patch_dropout", "output_tokens", "attn_pooler_queries", "attn_
 _VISION_INERT |= {f"timm_{name}" for name in ("model_pretrained", "pool", "proj", "proj_bias", "drop", "drop_path")}
 _TEXT_INERT = {"output_tokens", "pad_id", "eos_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
-_MODEL_INERT = {"cast_dtype", "init_logit_scale", "nonscalar_logit_scale", "output_dict"}
+# init_logit_bias is here for its null: with a value it makes a SigLIP, refused by _reject_families.
+_MODEL_INERT = {"cast_dtype", "init_logit_bias", "init_logit_scale", "nonscalar_logit_scale", "output_dict"}
 _PREPROCESS_KEYS = {"mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color"}
 
 

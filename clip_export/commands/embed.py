@@ -14,7 +14,7 @@ import typer
 
 from clip_export.commands._group import say
 from clip_export.commands._progress import Bar
-from clip_export.errors import TextError
+from clip_export.errors import OutputError, TextError
 from clip_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -98,11 +98,14 @@ def _images(encoder: Encoder, paths: list[Path], output: Path, options: _Options
 
 def _texts(encoder: Encoder, source: str, output: Path, truncate: bool | None, options: _Options) -> Embedded:
     from clip_export.embed import embed_texts
+    from clip_export.embedding_file import rows_path
     from clip_export.inputs import count_lines, read_lines
 
     def report(failure: Failure) -> None:
         say(f"failed: line {failure.index + 1}: {failure.message}")
 
+    if source != "-" and Path(source).resolve() in {path.resolve() for path in (output, rows_path(output))}:
+        raise OutputError(f"{source} is read, and would be replaced by what is written", hint="choose another -o OUT")
     with _opened(source) as file:
         total = 0 if source == "-" else count_lines(source)
         return embed_texts(encoder, read_lines(file), output, truncate=truncate, total=total, report=report, **options)

@@ -22,7 +22,7 @@ def inspect(
 ) -> None:
     """Describe a bundle.
 
-    Its model, its graphs, where it comes from and what it holds. Every file is checked against the manifest first.
+    Its towers, its graphs, where it comes from and what it holds. Every file is checked against the manifest first.
     Needs neither torch nor a backend.
     """
     import clip_export
@@ -33,7 +33,7 @@ def inspect(
         print_json({**to_dict(opened.manifest), "golden": golden})
         return
     typer.echo(f"{opened.manifest.name}, bundle schema {opened.manifest.schema_version}")
-    _section("model", _spec_rows(opened.manifest.spec))
+    _section("towers", _spec_rows(opened.manifest.spec))
     _section("graphs", _graph_rows(opened))
     _section("built from", _provenance_rows(opened))
     counts = ", ".join(f"{count} {kind}" for kind, count in golden.items() if count)

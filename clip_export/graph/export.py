@@ -13,7 +13,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,9 +154,3 @@ def _check(model: ir.Model, shape: GraphShape) -> None:
 
 def _axis_names(shape: ir.Shape | None) -> list[int | str | None]:
     return [dim if isinstance(dim, int) else dim.value for dim in shape or ()]
-
-
-def graph_files(path: Path) -> Sequence[Path]:
-    """The files that `export` wrote for `path`: the graph, and its weights where they lie beside it."""
-    data = path.with_name(f"{path.name}.data")
-    return (path, data) if data.exists() else (path,)
