@@ -75,6 +75,7 @@ def build(
     )
     target = Path(output) if output is not None else ENGINES / default_name(checkpoint)
     with staged(target, force=force) as staging:
+        progress("read the checkpoint", 0, 0)
         source = read(checkpoint, options)
         if towers is not None:
             source = dataclasses.replace(source, spec=source.spec.select(towers))

@@ -1,7 +1,8 @@
 """Doors to the originals that the tests compare with.
 
-There is no CPU build of torchvision: its wheel imports once the two compiled operators that it registers fake kernels
-for are defined. Only its PIL transforms are used, which are plain Python.
+torchvision is used for its PIL transforms only, which are plain Python. Its wheel also stands beside a torch that its
+compiled operators were not built for and cannot load in: it imports once the two that it registers fake kernels for
+are declared.
 """
 
 from __future__ import annotations

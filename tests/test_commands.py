@@ -593,6 +593,7 @@ def test_progress_is_drawn_in_a_terminal_and_cleared() -> None:
     with Bar(stream, delay_s=0) as bar:
         bar("reading [weights]", 1, 4)
         bar._timer.join()
+        bar._display.refresh()
         bar("exporting", 3, 4)
         bar._display.refresh()
     assert "reading [weights]" in stream.getvalue()

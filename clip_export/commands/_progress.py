@@ -52,7 +52,7 @@ class Bar:
             Progress,
             SpinnerColumn,
             TextColumn,
-            TimeRemainingColumn,
+            TimeElapsedColumn,
         )
 
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
@@ -61,7 +61,7 @@ class Bar:
             if self._timer.finished.is_set():  # the work ended while rich was being imported
                 return
             self._display = Progress(
-                *columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False
+                *columns, TimeElapsedColumn(), console=console, transient=True, redirect_stdout=False
             )
             self._display.add_task("", total=None)
             self._draw()
