@@ -214,7 +214,7 @@ def test_a_file_that_vanishes_after_opening(bundle: Path) -> None:
 def test_golden_samples_of_another_spec(bundle: Path) -> None:
     fill(bundle)
     data = plain(bundle)
-    data["spec"]["tokenizer"]["context_length"] = 9
+    data["spec"]["tokenizer"]["context_length"] = data["spec"]["text"]["context_length"] = 9
     rewrite(bundle, **data)
     with pytest.raises(BundleIntegrityError, match=r"golden.safetensors: expected .*\(9, 16\), found \(8, 16\)"):
         Bundle.open(bundle).golden()
