@@ -539,6 +539,7 @@ def test_an_interruption_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     """A real SIGINT, at a moment that the test chooses: between the second text and the third."""
     code = f"""
 import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 from clip_export import inputs
 from clip_export.__main__ import main
 real = inputs.read_lines
