@@ -28,11 +28,12 @@ from clip_export.encoder import Encoder
 from clip_export.errors import ContractError, InputError, MissingDependencyError
 from clip_export.golden import Golden, ImageGolden, TextGolden, golden_images, golden_texts
 from clip_export.manifest import GOLDEN, REPORT, TOKENIZER
-from clip_export.preprocess import Preprocessor, preprocess_versions
+from clip_export.preprocess import preprocess_versions
 from clip_export.progress import Progress, silent
 from clip_export.publish import staged
+from clip_export.runtime import front
 from clip_export.spec import TOWERS, Activation, Dialect, Tower
-from clip_export.tokenizer import Tokenizer, dialect_versions
+from clip_export.tokenizer import dialect_versions
 from clip_export.verification import verify
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def reference(checkpoint: str | os.PathLike[str], options: Options | None = None
         names = check_outputs(source.spec, tower, None)
         module = make_tower(source.spec, tower, source.weights, names)
         runs[tower] = lambda feeds, module=module, names=names: run_tower(module, names, feeds)
-    tokenizer, preprocessor = _front(source)
+    tokenizer, preprocessor = front(source.spec, source.tokenizer_json)
     return Encoder(
         source.spec,
         run_text=runs.get("text"),
@@ -171,7 +172,7 @@ def _graph_shape(source: Checkpoint, tower: Tower, outputs: tuple[str, ...]) -> 
 
 def _golden_feeds(source: Checkpoint, tower: Tower) -> dict[str, np.ndarray]:
     """The golden inputs of one tower, as its graph takes them."""
-    tokenizer, preprocessor = _front(source)
+    tokenizer, preprocessor = front(source.spec, source.tokenizer_json)
     if tower == "image":
         assert preprocessor is not None
         return {"pixels": preprocessor(golden_images())}
@@ -184,15 +185,6 @@ def _golden(tower: Tower, feeds: dict[str, np.ndarray], outputs: dict[str, np.nd
     if tower == "text":
         return TextGolden(texts=golden_texts(), **feeds, outputs=outputs)
     return ImageGolden(files=golden_images(), **feeds, outputs=outputs)
-
-
-def _front(source: Checkpoint) -> tuple[Tokenizer | None, Preprocessor | None]:
-    spec = source.spec
-    tokenizer = None
-    if spec.tokenizer is not None:
-        assert source.tokenizer_json is not None
-        tokenizer = Tokenizer(spec.tokenizer, source.tokenizer_json)
-    return tokenizer, Preprocessor(spec.preprocess) if spec.preprocess is not None else None
 
 
 def _write(staging: Path, name: str, source: Checkpoint, built: Sequence[_Built], provenance: Provenance) -> None:

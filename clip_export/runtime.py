@@ -14,7 +14,7 @@ from clip_export.errors import BundleError, BundleIntegrityError, InputError
 from clip_export.golden import Golden
 from clip_export.manifest import REBUILD
 from clip_export.preprocess import Preprocessor, preprocess_versions
-from clip_export.spec import Tower
+from clip_export.spec import ModelSpec, Tower
 from clip_export.tokenizer import Tokenizer, dialect_versions
 
 MAX_THREADS = 1024  # more than any machine has cores; ONNX Runtime would start them all
@@ -44,7 +44,7 @@ def load(
             f"expected threads from 1 to {MAX_THREADS}, found {threads!r}", hint="leave it out for all cores"
         )
     bundle = path if isinstance(path, Bundle) else Bundle.open(path, check_files=check_files)
-    tokenizer, preprocessor = _front(bundle)
+    tokenizer, preprocessor = front(bundle.spec, bundle.tokenizer_json() if bundle.spec.text is not None else None)
     _check_front(bundle, bundle.golden(), tokenizer, preprocessor)
     chosen = backends.choose(backend)
     engines: dict[str, backends.Engine] = {}
@@ -79,12 +79,13 @@ def _check_outputs(bundle: Bundle, tower: Tower, engine: backends.Engine) -> Non
         raise BundleIntegrityError(message, hint=REBUILD)
 
 
-def _front(bundle: Bundle) -> tuple[Tokenizer | None, Preprocessor | None]:
-    """What stands before the engines: the tokenizer and the preprocessing, as the manifest has them."""
-    spec = bundle.spec
-    tokenizer = Tokenizer(spec.tokenizer, bundle.tokenizer_json()) if spec.tokenizer is not None else None
-    preprocessor = Preprocessor(spec.preprocess) if spec.preprocess is not None else None
-    return tokenizer, preprocessor
+def front(spec: ModelSpec, tokenizer_json: str | None) -> tuple[Tokenizer | None, Preprocessor | None]:
+    """What stands before the towers of `spec`: its tokenizer and its preprocessing, None for a tower it lacks."""
+    tokenizer = None
+    if spec.tokenizer is not None:
+        assert tokenizer_json is not None
+        tokenizer = Tokenizer(spec.tokenizer, tokenizer_json)
+    return tokenizer, Preprocessor(spec.preprocess) if spec.preprocess is not None else None
 
 
 def _may_trim(bundle: Bundle) -> bool:

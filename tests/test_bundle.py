@@ -439,7 +439,7 @@ def test_writing_refuses_what_reading_would(tmp_path: Path) -> None:
 
 def test_provenance_names_no_place() -> None:
     with pytest.raises(SpecError, match="must not name a place"):
-        Provenance(format="openai", name="ViT-B-32.pt", files={"/root/ViT-B-32.pt": "0" * 64}, versions={})
+        Provenance(format="openai", name="ViT-B-32.pt", files={"/models/ViT-B-32.pt": "0" * 64}, versions={})
 
 
 @pytest.fixture(scope="module")
