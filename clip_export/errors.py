@@ -18,6 +18,10 @@
     │   └── ImageError                 unreadable, truncated, empty or too large
     ├── OutputError                a result cannot be written
     ├── BackendError               an engine cannot be opened or has failed
+    │   ├── PlanBuildError             a graph cannot be compiled into a plan
+    │   │   └── UnsupportedOperatorError   the compiler does not know an operator of the graph
+    │   ├── NoPlanError                no plan of the bundle fits this machine
+    │   └── DeviceError                no GPU, no driver, or not enough of its memory
     ├── MissingDependencyError     a package is needed that is not installed
     ├── SpecError                  a spec has an unknown key, lacks one, or holds an impossible value
     └── ContractError              the accuracy contract is not met
@@ -107,6 +111,26 @@ class OutputError(ClipExportError):
 
 class BackendError(ClipExportError):
     """An engine cannot be opened, or failed while running."""
+
+
+class PlanBuildError(BackendError):
+    """A graph cannot be compiled into a plan; the message carries what the compiler said."""
+
+
+class UnsupportedOperatorError(PlanBuildError):
+    """The compiler does not know an operator of the graph; `operators` names those that it refused."""
+
+    def __init__(self, message: str, *, operators: tuple[str, ...], hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.operators = operators
+
+
+class NoPlanError(BackendError):
+    """No plan of the bundle fits this machine; the message says of each why."""
+
+
+class DeviceError(BackendError):
+    """There is no GPU, no driver, or not enough memory on it."""
 
 
 class MissingDependencyError(ClipExportError):
