@@ -1,4 +1,4 @@
-"""What a plan is built from, and what its building found out: the words between a compiler and whoever calls it.
+"""What a plan is built from, what its building found out, and how it is run: the words between a compiler and its user.
 
 A plan is the file of an engine that was compiled for one kind of GPU. These dataclasses know neither TensorRT nor CLIP.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from clip_export.errors import InputError
 
 Shape: TypeAlias = tuple[int, ...]
+
+PlanBackend: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
+AttentionProof: TypeAlias = Literal["operator", "inspector"]
 
 PORTABLE = "portable"  # in place of a compute capability: one plan for every GPU that the compiler supports
 
@@ -26,6 +29,9 @@ class ShapeRange:
     max: Shape
 
     def __post_init__(self) -> None:
+        ranks = [len(self.min), len(self.opt), len(self.max)]
+        if len(set(ranks)) > 1:
+            raise InputError(f"expected min, opt and max with as many axes each, found {ranks}")
         rising = all(0 < low <= mid <= high for low, mid, high in zip(self.min, self.opt, self.max, strict=True))
         if not rising:
             found = f"{list(self.min)}, {list(self.opt)}, {list(self.max)}"
@@ -38,6 +44,19 @@ class ShapeRange:
 
 
 Profile: TypeAlias = Mapping[str, ShapeRange]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a plan is built for: `compute_capability` as in "sm_89" or PORTABLE, by `version` of compiler `backend`.
+
+    `gpu` is the name of the GPU of this machine if the plan can run on it, None where it cannot or there is none.
+    """
+
+    backend: PlanBackend
+    version: str
+    compute_capability: str
+    gpu: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +85,31 @@ class BuildRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How a plan is run.
+
+    `cuda_graphs`: launch a shape that comes again as a whole. `max_contexts`: how many threads run at once; each takes
+    activation memory. `allow_host_code`: open version-compatible plans, which carry code that runs on this machine.
+    `refit_from`: the ONNX file with the weights of a plan that was built without them. TensorRT-RTX alone has
+    `runtime_cache`, the file that keeps the kernels compiled for this GPU, and `specialization`: kernels for each new
+    shape are compiled beside the work ("lazy"), before it ("eager") or never ("none").
+    """
+
+    cuda_graphs: bool = True
+    max_contexts: int = 4
+    allow_host_code: bool = False
+    refit_from: Path | None = None
+    runtime_cache: Path | None = None
+    specialization: Literal["lazy", "eager", "none"] = "lazy"
+
+    def __post_init__(self) -> None:
+        if type(self.max_contexts) is not int or self.max_contexts < 1:
+            raise InputError(f"expected max_contexts of at least 1, found {self.max_contexts!r}")
+        if self.specialization not in {"lazy", "eager", "none"}:
+            raise InputError(f"expected specialization lazy, eager or none, found {self.specialization!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildReport:
     """What a finished build says about its plan.
 
@@ -80,7 +124,7 @@ class BuildReport:
     peak_memory_mib: int
     version: str
     compute_capability: str
-    attention: str | None
+    attention: AttentionProof | None
     unfused: tuple[str, ...] = ()
     gpu: str | None = None
     driver: str | None = None
@@ -90,4 +134,4 @@ class BuildReport:
     warnings: tuple[str, ...] = ()
 
 
-__all__ = ["PORTABLE", "BuildReport", "BuildRequest", "Profile", "Shape", "ShapeRange"]
+__all__ = ["PORTABLE", "BuildReport", "BuildRequest", "EngineOptions", "Profile", "Shape", "ShapeRange", "Target"]

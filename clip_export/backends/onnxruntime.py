@@ -1,8 +1,8 @@
-"""ONNX Runtime: the backend that runs everywhere."""
+"""ONNX Runtime: the backend that runs everywhere, on the CPU or with its CUDA provider on an NVIDIA GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_export.backends import Status
-from clip_export.errors import BackendError, MissingDependencyError
+from clip_export.backends._ort_binding import dtype_of, run_bound
+from clip_export.backends._ort_memory import described, out_of_memory, run_in_halves, says_out_of_memory
+from clip_export.backends._ort_session import INSTALL, device_index, failures, open_session, tf32_option
+from clip_export.backends.device_array import DeviceArray, is_device_array
+from clip_export.errors import BackendError
 
 if TYPE_CHECKING:
     import onnxruntime
-
-INSTALL = "pip install 'clip-export[cpu]' (or [cuda] for an NVIDIA GPU)"
-# Both distributions bring the module onnxruntime: one installed over the other leaves neither whole.
-INSTALL_CUDA = "pip uninstall onnxruntime, then pip install 'clip-export[cuda]'; or use device cpu"
 
 
 def status() -> Status:
@@ -34,80 +34,98 @@ def status() -> Status:
     return Status(name="onnxruntime", works=True, version=onnxruntime.__version__, reason=providers, install=None)
 
 
-def open_engine(path: Path, *, device: str = "cpu", threads: int | None = None) -> OnnxRuntimeEngine:
-    """Open an ONNX file. Raises MissingDependencyError without onnxruntime, BackendError where it cannot be opened."""
-    return OnnxRuntimeEngine(path, device=device, threads=threads)
+def open_engine(
+    path: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    outputs: Sequence[str] | None = None,
+    options: Mapping[str, object] | None = None,
+) -> OnnxRuntimeEngine:
+    """Open an ONNX file on `cpu` or `cuda:N`.
+
+    `outputs` are those that a call returns, all by default; the one option is `tf32`, which allows 10-bit mantissas in
+    fp32 layers on a GPU. Raises MissingDependencyError without onnxruntime, BackendError where the file cannot be
+    opened, or where nodes would run on the CPU though a GPU was asked for, DeviceError where there is none.
+    """
+    return OnnxRuntimeEngine(path, device=device, threads=threads, outputs=outputs, options=options)
 
 
 class OnnxRuntimeEngine:
     """One session. ONNX Runtime's `run` may be called from several threads at once."""
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
-        ort = _import()
-        ort.disable_telemetry_events()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # its warnings speak of its own kernels; errors are raised
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        providers = _providers(device)
-        wanted, offered = providers[0][0], ort.get_available_providers()
-        if wanted not in offered:
-            message = f"{device} needs ONNX Runtime's {wanted}; the one installed offers {', '.join(offered)}"
-            raise BackendError(message, hint=INSTALL_CUDA)
-        try:
-            session = ort.InferenceSession(str(path), options, providers=providers)
-        except _failures() as error:
-            raise BackendError(f"ONNX Runtime cannot open {path.name}: {error}", hint="rebuild the bundle") from error
-        # Asked for CUDA, a session that cannot have it runs on the CPU and only logs that.
-        if session.get_providers()[0] != wanted:
-            message = f"ONNX Runtime cannot use {wanted} on this machine: there is no GPU, no driver or no CUDA 13"
-            raise BackendError(message, hint="check nvidia-smi, or use device cpu")
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        outputs: Sequence[str] | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> None:
+        session = open_session(path, device=device, threads=threads, tf32=tf32_option(options))
+        given = tuple(output.name for output in session.get_outputs())
         self._session: onnxruntime.InferenceSession | None = session
-        self.outputs = tuple(output.name for output in session.get_outputs())
+        self._device = device
+        self._index = device_index(device)
+        self._given = given
+        self.outputs = given if outputs is None else self._among_given(outputs)
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self._session is None:
-            raise BackendError("this engine is closed", hint="load the bundle again")
+        """Arrays by output name. On a GPU that is too small for the batch, its halves run one after the other."""
+        return self._run(feeds) if self._index is None else run_in_halves(self._run, feeds)
+
+    def run_on_device(self, feeds: Mapping[str, Any], *, outputs: Sequence[str]) -> dict[str, DeviceArray]:
+        """Like a call, for numpy arrays or arrays on the GPU; the results stay there, and nothing is copied back.
+
+        `outputs` are among those of the graph. Raises BackendError on the CPU; DeviceError where the memory of the GPU
+        does not suffice, since halves would have to be put together by a copy.
+        """
+        if self._index is None:
+            raise BackendError("the results of device cpu are on the CPU", hint="load with device cuda:0, or call it")
+        names, session = self._among_given(outputs), self._opened()
         try:
-            return dict(zip(self.outputs, self._session.run(self.outputs, dict(feeds)), strict=True))
-        except _failures() as error:
-            shapes = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in feeds.items())
-            raise BackendError(f"ONNX Runtime failed on {shapes}: {error}") from error
+            values = run_bound(session, feeds, names, device="cuda", index=self._index)
+        except failures() as error:
+            raise self._failed(feeds, error) from error
+        # The session owns the allocator of the memory, and has to outlive it.
+        return {
+            name: DeviceArray(
+                value.data_ptr(), value.shape(), dtype_of(value), owner=(value, session), device=self._index
+            )
+            for name, value in values.items()
+        }
 
     def close(self) -> None:
+        """Free the session; what it left on the device lives on until it is let go."""
         self._session = None
 
+    def _run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        session = self._opened()
+        try:
+            if any(is_device_array(array) for array in feeds.values()):
+                values = run_bound(session, feeds, self.outputs, device="cpu", index=0)
+                return {name: value.numpy() for name, value in values.items()}
+            return dict(zip(self.outputs, session.run(self.outputs, dict(feeds)), strict=True))
+        except failures() as error:
+            raise self._failed(feeds, error) from error
 
-def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
-    if not isinstance(device, str):
-        raise BackendError(f"expected device cpu or cuda:N, found {device!r}")
-    if device == "cpu":
-        return [("CPUExecutionProvider", {})]
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index.isdigit() or not index):
-        raise BackendError(
-            f"expected device cpu or cuda:N, found {device!r}", hint="choose cpu, or the number of a GPU"
-        )
-    # TF32 keeps 10 bits of a float32's 23: not fp32.
-    return [("CUDAExecutionProvider", {"device_id": int(index or 0), "use_tf32": 0})]
+    def _opened(self) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise BackendError("this engine is closed", hint="load the bundle again")
+        return self._session
 
+    def _failed(self, feeds: Mapping[str, Any], error: Exception) -> BackendError:
+        if self._index is not None and says_out_of_memory(error):
+            return out_of_memory(feeds, self._device, error)
+        return BackendError(f"ONNX Runtime failed on {described(feeds)}: {error}")
 
-def _import() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("ONNX Runtime is not installed", hint=INSTALL) from error
-    return onnxruntime
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """The exceptions that ONNX Runtime raises: each derives from Exception alone, so they have to be listed."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = ("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "RuntimeException", "InvalidProtobuf")
-    more = ("ModelLoaded", "NotImplemented", "InvalidGraph", "EPFail")
-    found = tuple(getattr(state, name) for name in (*names, *more) if hasattr(state, name))
-    return (*found, RuntimeError, ValueError)
+    def _among_given(self, outputs: Sequence[str]) -> tuple[str, ...]:
+        unknown = [name for name in outputs if name not in self._given]
+        if unknown or not outputs:
+            found = ", ".join(unknown) or "none"
+            raise BackendError(f"expected outputs among {', '.join(self._given)}, found {found}")
+        return tuple(outputs)
 
 
 def _installed(distribution: str) -> bool:
