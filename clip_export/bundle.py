@@ -7,16 +7,15 @@ where `write_manifest` is the last step. The format, and the reason for each rul
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from clip_export.bundle_files import check_sha256, check_size, few, is_runtime_cache, listing, make_entry, read, reading
 from clip_export.errors import BundleError, BundleIntegrityError, BundleNotFoundError, BundleSchemaError, SpecError
 from clip_export.golden import Golden
 from clip_export.manifest import (
@@ -30,10 +29,13 @@ from clip_export.manifest import (
     Graph,
     Manifest,
     Provenance,
+    is_graph_file,
     json_object,
     manifest_bytes,
     parse_manifest,
 )
+from clip_export.plan_selection import Machine, Selection, select
+from clip_export.plans import GpuMemory, Plan, gpu_memory_bytes
 from clip_export.spec import ModelSpec, Tower
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "FileEntry",
     "Graph",
     "Manifest",
+    "Plan",
     "Provenance",
     "hidden_beside",
     "replace_refusal",
@@ -71,10 +74,10 @@ class Bundle:
         manifest = parse_manifest(_read_manifest(directory))
         _check_listing(directory, manifest)
         for name, entry in manifest.files.items():
-            _check_size(directory, name, entry)
+            check_size(directory, name, entry)
         if check_files:
             for name, entry in manifest.files.items():
-                _check_sha256(directory, name, entry)
+                check_sha256(directory, name, entry)
         return cls(directory, manifest)
 
     @property
@@ -100,6 +103,34 @@ class Bundle:
         """Where the ONNX file of one tower lies. Raises BundleError, listing what there is."""
         return self.path / self.graph(tower, precision).file
 
+    def graph_sha256(self, tower: Tower, precision: str = "fp32") -> str:
+        """The digest of one graph and its external data, from the manifest. Raises BundleError as `graph` does."""
+        return self.manifest.graph_sha256(self.graph(tower, precision).file)
+
+    def plan_path(self, plan: Plan) -> Path:
+        """Where a plan lies. What its engine keeps for itself is beside it, in names that begin with `.runtime`."""
+        return self.path / plan.file
+
+    def select_plans(
+        self, machine: Machine, *, precision: str | None = None, towers: Sequence[Tower] | None = None
+    ) -> Selection:
+        """The plans that fit `machine`, of one precision for `towers` (all by default), and why each other does not."""
+        graphs = {graph.file for held in self.manifest.variants.values() for graph in held.values()}
+        return select(
+            self.manifest.plans,
+            machine,
+            towers=self.spec.towers if towers is None else towers,
+            graphs={file: self.manifest.graph_sha256(file) for file in graphs},
+            sizes={name: entry.size for name, entry in self.manifest.files.items()},
+            precision=precision,
+        )
+
+    def gpu_memory(self, plan: Plan) -> GpuMemory:
+        """What running `plan` takes on the GPU, as far as the manifest tells."""
+        files = self.manifest.files
+        graph_bytes = sum(entry.size for name, entry in files.items() if is_graph_file(name, plan.graph))
+        return gpu_memory_bytes(plan, files[plan.file].size, self.spec, graph_bytes=graph_bytes)
+
     def golden(self) -> Golden:
         """The golden samples. Raises BundleIntegrityError if they cannot be those of this spec."""
         golden = Golden.load(self.path / GOLDEN)
@@ -121,13 +152,13 @@ class Bundle:
         if self.spec.text is None:
             raise BundleError(f"{self.path} has no text tower, and so no tokenizer")
         try:
-            return _read(self.path, TOKENIZER).decode("utf-8")
+            return read(self.path, TOKENIZER).decode("utf-8")
         except UnicodeDecodeError as error:
             raise BundleIntegrityError(f"{TOKENIZER} is not UTF-8: {error}", hint=REBUILD) from error
 
     def report(self) -> dict[str, Any]:
         """What the build measured on its own export, from report.json."""
-        return json_object(_read(self.path, REPORT), where=REPORT)
+        return json_object(read(self.path, REPORT), where=REPORT)
 
 
 def write_manifest(
@@ -137,13 +168,16 @@ def write_manifest(
     spec: ModelSpec,
     provenance: Provenance,
     variants: Mapping[str, Mapping[Tower, Graph]],
+    plans: Iterable[Plan] = (),
+    known: Bundle | None = None,
 ) -> Manifest:
     """Hash every file in `directory` and write its manifest.json: the last step of a build.
 
-    The same files and arguments give the same bytes. Raises BundleSchemaError where files, spec and variants do not
-    fit together, BundleIntegrityError for anything that is not a regular file.
+    `known` is the checked bundle that `directory` extends: of its files, those that are hard links to it are not
+    hashed again. The same files and arguments give the same bytes. Raises BundleSchemaError where files, spec, variants
+    and plans do not fit together, BundleIntegrityError for anything that is not a regular file.
     """
-    names = sorted(set(_listing(directory)) - {MANIFEST})
+    names = sorted(name for name in listing(directory) if name != MANIFEST and not is_runtime_cache(name))
     try:
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -151,7 +185,8 @@ def write_manifest(
             spec=spec,
             provenance=provenance,
             variants={precision: dict(graphs) for precision, graphs in variants.items()},
-            files={path: _entry(directory, path) for path in names},
+            plans=tuple(sorted(plans, key=lambda plan: plan.file)),
+            files=_entries(directory, names, known),
         )
     except SpecError as error:
         raise BundleSchemaError(f"the files of bundle {name!r} do not make one: {error.message}") from error
@@ -159,10 +194,18 @@ def write_manifest(
     return manifest
 
 
+def _entries(directory: Path, names: Iterable[str], known: Bundle | None) -> dict[str, FileEntry]:
+    if known is None:
+        return {name: make_entry(directory, name) for name in names}
+    entries = known.manifest.files
+    return {name: make_entry(directory, name, original=known.path, known=entries.get(name)) for name in names}
+
+
 def replace_refusal(directory: Path) -> str | None:
     """Why a build may not replace `directory`, or None if it is a bundle, in whatever state, and nothing besides.
 
-    A manifest of some other program, or one file of the user's among ours, hidden or not, is a reason.
+    A manifest of some other program, or one file of the user's among ours, hidden or not, is a reason; the caches that
+    running plans keep are none.
     """
     try:
         plain = json_object(_read_manifest(directory), where=MANIFEST)
@@ -171,8 +214,9 @@ def replace_refusal(directory: Path) -> str | None:
     files = plain.get("files")
     if not isinstance(files, dict) or not {"schema_version", "spec", "variants"} <= plain.keys():
         return f"it is not a bundle: its {MANIFEST} is that of another program"
-    strangers = sorted(set(_listing(directory)) - files.keys() - {MANIFEST})
-    return f"it holds {_few(strangers)}, which the bundle does not list" if strangers else None
+    unlisted = set(listing(directory)) - files.keys() - {MANIFEST}
+    strangers = sorted(name for name in unlisted if not is_runtime_cache(name))
+    return f"it holds {few(strangers)}, which the bundle does not list" if strangers else None
 
 
 def hidden_beside(target: Path, kind: str) -> list[Path]:
@@ -194,7 +238,7 @@ def _read_manifest(directory: Path) -> bytes:
         raise BundleError(f"cannot read {directory}: {error.strerror}") from error
     if not regular:
         raise BundleIntegrityError(f"{MANIFEST} in {directory} is not a regular file", hint=REBUILD)
-    with _reading(MANIFEST), path.open("rb") as file:
+    with reading(MANIFEST), path.open("rb") as file:
         data = file.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
         message = f"{MANIFEST} has more than {MAX_MANIFEST_BYTES // 2**20} MiB: that is no manifest"
@@ -214,85 +258,16 @@ def _not_found(directory: Path) -> BundleNotFoundError:
 
 
 def _check_listing(directory: Path, manifest: Manifest) -> None:
-    with _reading(directory.name):
-        found = set(_listing(directory, hidden=False)) - {MANIFEST}
+    with reading(directory.name):
+        found = set(listing(directory, hidden=False)) - {MANIFEST}
         links = [name for name in sorted(found) if (directory / name).is_symlink()]
     if links:
-        message = f"{_few(links)} in {directory} is a symbolic link; a bundle holds its files itself"
+        message = f"{few(links)} in {directory} is a symbolic link; a bundle holds its files itself"
         raise BundleIntegrityError(message, hint="copy the bundle with its links followed: cp -rL")
     missing = sorted(manifest.files.keys() - found)
     if missing:
-        raise BundleIntegrityError(f"{_few(missing)} is missing from {directory}", hint=REBUILD)
+        raise BundleIntegrityError(f"{few(missing)} is missing from {directory}", hint=REBUILD)
     strangers = sorted(found - manifest.files.keys())
     if strangers:
-        message = f"{_few(strangers)} in {directory} is not listed in its {MANIFEST}"
+        message = f"{few(strangers)} in {directory} is not listed in its {MANIFEST}"
         raise BundleIntegrityError(message, hint="move it out of the bundle")
-
-
-def _listing(directory: Path, *, hidden: bool = True) -> Iterator[str]:
-    """Paths of everything below `directory` that is not a directory, with `/`; links are listed, never followed.
-
-    `hidden=False` leaves out names that begin with a dot, which no bundle lists: .DS_Store, .git, .gitattributes.
-    """
-    for parent, folders, files in os.walk(directory, onerror=_raise):
-        if not hidden:
-            folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [name for name in folders if (Path(parent) / name).is_symlink()]
-        for name in files + links:
-            if hidden or not name.startswith("."):
-                yield (Path(parent) / name).relative_to(directory).as_posix()
-
-
-def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
-    with _reading(name):
-        status = (directory / name).lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise BundleIntegrityError(f"{name} in {directory} is not a regular file", hint=REBUILD)
-    if status.st_size != entry.size:
-        what = "truncated" if status.st_size < entry.size else "changed"
-        message = f"{name} in {directory} is {what}: expected {entry.size} bytes, found {status.st_size}"
-        raise BundleIntegrityError(message, hint=REBUILD)
-
-
-def _check_sha256(directory: Path, name: str, entry: FileEntry) -> None:
-    with _reading(name):
-        found = _sha256(directory / name)
-    if found != entry.sha256:
-        message = f"{name} in {directory} is changed: expected sha256 {entry.sha256}, found {found}"
-        raise BundleIntegrityError(message, hint=REBUILD)
-
-
-def _entry(directory: Path, name: str) -> FileEntry:
-    status = (directory / name).lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise BundleIntegrityError(f"{name!r} is not a regular file, and cannot be part of a bundle")
-    return FileEntry(sha256=_sha256(directory / name), size=status.st_size)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(directory: Path, name: str) -> bytes:
-    with _reading(name):
-        return (directory / name).read_bytes()
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """A file that cannot be read is a BundleIntegrityError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise BundleIntegrityError(f"{name} cannot be read: {error.strerror}", hint=REBUILD) from error
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
-
-
-def _few(names: list[str]) -> str:
-    """The first of many names, printable whatever bytes the disk holds."""
-    shown = ", ".join(ascii(name)[1:-1] for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -13,12 +13,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
-from clip_export.errors import BundleIntegrityError, BundleSchemaError, SpecError
+from clip_export.errors import BundleIntegrityError, BundleSchemaError, InputError, SpecError
+from clip_export.plans import NORMALIZED, Plan
 from clip_export.spec import ModelSpec, Tower, from_dict
 
 __all__ = [
@@ -31,13 +32,14 @@ __all__ = [
     "FileEntry",
     "Graph",
     "Manifest",
+    "Plan",
     "Provenance",
     "json_object",
     "manifest_bytes",
     "parse_manifest",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # what is written; 1 had no plans, and is still read
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -50,6 +52,7 @@ _PATH = re.compile(r"[a-z0-9][a-z0-9._+-]{0,127}(/[a-z0-9][a-z0-9._+-]{0,127}){0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TAIL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _TAIL_BYTES = len(b',\n  "sha256": ""\n}\n') + 64
+_MAX_PLANS = 256
 _MAX_MESSAGE = 400  # characters: a hostile value must not fill the terminal
 
 REBUILD = "build the bundle again, or copy it again from where it came"
@@ -115,8 +118,8 @@ class Provenance:
 class Manifest:
     """The whole of manifest.json, save its own digest.
 
-    `variants` is precision -> tower -> graph; `files` is path -> entry for every file beside the manifest.
-    Raises SpecError where they contradict each other or the spec.
+    `variants` is precision -> tower -> graph; `plans` are engines compiled from these graphs; `files` is path -> entry
+    for every file beside the manifest. Raises SpecError where they contradict each other or the spec.
     """
 
     schema_version: int
@@ -124,6 +127,7 @@ class Manifest:
     spec: ModelSpec
     provenance: Provenance
     variants: dict[str, dict[Tower, Graph]]
+    plans: tuple[Plan, ...] = ()
     files: dict[str, FileEntry]
 
     def __post_init__(self) -> None:
@@ -136,6 +140,16 @@ class Manifest:
         missing = sorted(needed - self.files.keys())
         _require(not missing, f"files: {', '.join(map(repr, missing))} should be listed and is not")
         self._check_variants()
+        self._check_plans()
+
+    def graph_sha256(self, graph: str) -> str:
+        """What stands for the file `graph` and its external data, which are the files named `graph`.*, together.
+
+        It is the sha256 of one line for each, sorted by name: what `sha256sum GRAPH GRAPH.* | sha256sum` prints.
+        """
+        names = sorted(name for name in self.files if is_graph_file(name, graph))
+        lines = "".join(f"{self.files[name].sha256}  {name}\n" for name in names)
+        return hashlib.sha256(lines.encode("ascii")).hexdigest()
 
     def _check_variants(self) -> None:
         covered = {tower for graphs in self.variants.values() for tower in graphs}
@@ -150,16 +164,45 @@ class Manifest:
                 message = f"{graph.file}: only a causal text tower may have a dynamic sequence"
                 _require(trimmable or not graph.sequence_dynamic, message)
 
+    def _check_plans(self) -> None:
+        _require(len(self.plans) <= _MAX_PLANS, f"plans: at most {_MAX_PLANS}, found {len(self.plans)}")
+        repeated = [file for file, count in Counter(plan.file for plan in self.plans).items() if count > 1]
+        _require(not repeated, f"plans: {', '.join(map(repr, repeated))} is listed twice")
+        for plan in self.plans:
+            for path in (plan.file, plan.inspector):
+                listed = path is None or path in self.files
+                _require(listed, f"files: {path!r} should be listed and is not")
+            held = plan.tower in self.variants.get(plan.precision, {})
+            _require(held, f"{plan.file}: variants hold no {plan.precision} {plan.tower} graph")
+            of_tower = [towers[plan.tower] for towers in self.variants.values() if plan.tower in towers]
+            graphs = {graph.file: graph for graph in of_tower}
+            _require(plan.graph in graphs, f"{plan.file}: {plan.graph!r} is no {plan.tower} graph of the variants")
+            _check_names(plan, graphs[plan.graph])
+
+
+def _check_names(plan: Plan, graph: Graph) -> None:
+    found = sorted(plan.profiles[0])
+    _require(found == sorted(graph.inputs), f"{plan.file}: profiles name {found}, the graph takes {list(graph.inputs)}")
+    gives = (graph.outputs, (*graph.outputs, NORMALIZED))
+    message = f"{plan.file}: outputs are {list(plan.outputs)}, those of the graph are {list(graph.outputs)}"
+    _require(plan.outputs in gives, message)
+
+
+def is_graph_file(name: str, graph: str) -> bool:
+    """Whether the file `name` is `graph`, or its external data."""
+    return name == graph or name.startswith(f"{graph}.")
+
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The one way to write `manifest`: the same manifest gives the same bytes, on every machine."""
+    """The one way to write `manifest`: the same manifest gives the same bytes, on every machine, of this schema."""
+    manifest = dataclasses.replace(manifest, schema_version=SCHEMA_VERSION)
     text = json.dumps(_plain(manifest), indent=2, ensure_ascii=True, allow_nan=False)
     head = text.removesuffix("\n}").encode("ascii")
     return head + f',\n  "sha256": "{hashlib.sha256(head).hexdigest()}"\n}}\n'.encode("ascii")
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """The inverse of `manifest_bytes`, for bytes that nobody vouches for.
+    """The inverse of `manifest_bytes`, for bytes that nobody vouches for, of this schema or an older one.
 
     Raises BundleSchemaError for what is no manifest of this schema, BundleIntegrityError if it was changed since.
     """
@@ -168,9 +211,17 @@ def parse_manifest(data: bytes) -> Manifest:
     _check_digest(data)
     del plain["sha256"]
     try:
+        _check_plans_key(plain)
         return from_dict(Manifest, plain, where=MANIFEST)
-    except SpecError as error:
-        raise BundleSchemaError(_printable(error.message), hint=REBUILD) from error
+    except (SpecError, InputError) as error:  # the second is of a ShapeRange that is none
+        raise BundleSchemaError(_printable(str(error)), hint=REBUILD) from error
+
+
+def _check_plans_key(plain: Mapping[str, Any]) -> None:
+    """Schema 2 has the key, schema 1 has not: a manifest that mixes them was written by nobody."""
+    version, present = plain["schema_version"], "plans" in plain
+    _require(present or version < 2, f"{MANIFEST}: missing key plans")
+    _require(not present or version >= 2, f"{MANIFEST}: unknown key plans, which schema {version} does not have")
 
 
 def json_object(data: bytes, *, where: str) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from clip_export.bundle import Graph, Manifest, Provenance, write_manifest
+from clip_export.backends.building import ShapeRange
+from clip_export.bundle import Bundle, Graph, Manifest, Plan, Provenance, write_manifest
 from clip_export.golden import Golden, ImageGolden, TextGolden
-from clip_export.spec import ImageSpec, ModelSpec, PreprocessSpec, TextSpec, TokenizerSpec, TransformerSpec
+from clip_export.plans import plan_folder
+from clip_export.spec import ImageSpec, ModelSpec, PreprocessSpec, TextSpec, TokenizerSpec, Tower, TransformerSpec
 
 TRANSFORMER = TransformerSpec(width=64, layers=1, heads=1, mlp_width=128, activation="quick_gelu")
 
@@ -81,6 +83,85 @@ def fill(directory: Path, name: str = "small", spec: ModelSpec = SPEC) -> Manife
         provenance=PROVENANCE,
         variants={"fp32": {"text": TEXT_GRAPH, "image": IMAGE_GRAPH}},
     )
+
+
+GRAPHS: dict[Tower, Graph] = {"text": TEXT_GRAPH, "image": IMAGE_GRAPH}
+PROFILES: dict[Tower, tuple[dict[str, ShapeRange], ...]] = {
+    "text": (
+        {
+            "input_ids": ShapeRange(min=(1, 1), opt=(4, 8), max=(4, 8)),
+            "eot_index": ShapeRange(min=(1,), opt=(4,), max=(4,)),
+        },
+        {
+            "input_ids": ShapeRange(min=(5, 1), opt=(8, 8), max=(8, 8)),
+            "eot_index": ShapeRange(min=(5,), opt=(8,), max=(8,)),
+        },
+    ),
+    "image": ({"pixels": ShapeRange(min=(1, 3, 16, 16), opt=(4, 3, 16, 16), max=(8, 3, 16, 16))},),
+}
+
+
+def make_plan(tower: Tower = "text", *, folder: str | None = None, **changes: Any) -> Plan:
+    """The entry of a plan of SPEC: TensorRT-RTX for sm_89, fp16, from a graph with a made-up digest."""
+    fields: dict[str, Any] = {
+        "tower": tower,
+        "backend": "tensorrt-rtx",
+        "version": "1.7.1.116",
+        "compute_capability": "sm_89",
+        "precision": "fp16",
+        "graph": f"{tower}.fp16.onnx",
+        "graph_sha256": hashlib.sha256(tower.encode()).hexdigest(),
+        "profiles": PROFILES[tower],
+        "outputs": ("embedding", "normalized"),
+        "options": {"optimization_level": "3"},
+        "seconds": 2.5,
+        "peak_memory_mib": 812,
+        "attention": "operator",
+    } | changes
+    if folder is None:
+        key = {name: fields[name] for name in ("backend", "version", "compute_capability", "precision", "options")}
+        shared = {"graphs": {tower: fields["graph_sha256"]}, "profiles": {tower: fields["profiles"]}}
+        folder = plan_folder(**key, **shared)
+    return Plan(**{"file": f"{folder}/{tower}.plan"} | fields)
+
+
+def with_plans(directory: Path, plans: list[Plan] | None = None, *, known: Bundle | None = None) -> Manifest:
+    """Add fp16 graphs and `plans` of them, one a tower by default, to what `fill` has written."""
+    half = {tower: dataclasses.replace(graph, file=f"{tower}.fp16.onnx") for tower, graph in GRAPHS.items()}
+    for graph in half.values():
+        put(directory / graph.file, b"half of " + graph.file.encode())
+    put(directory / "image.fp16.onnx.data", b"weights")
+    if plans is None:
+        digests = {tower: staged_digest(directory, graph.file) for tower, graph in half.items()}
+        plans = [make_plan(tower, folder="plans/both", graph_sha256=digests[tower]) for tower in GRAPHS]
+    for plan in plans:
+        put(directory / plan.file, b"plan of " + plan.tower.encode())
+        if plan.inspector is not None:
+            put(directory / plan.inspector, b"{}")
+    manifest = json.loads((directory / "manifest.json").read_bytes()) if known is None else {"name": known.name}
+    return write_manifest(
+        directory,
+        name=manifest["name"],
+        spec=SPEC,
+        provenance=PROVENANCE,
+        variants={"fp32": GRAPHS, "fp16": half},
+        plans=plans,
+        known=known,
+    )
+
+
+def put(path: Path, data: bytes) -> None:
+    """A new file: what may be a link to one of an older bundle is not written through."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def staged_digest(directory: Path, graph: str) -> str:
+    """What Manifest.graph_sha256 promises, in other words: sha256sum GRAPH GRAPH.* | sha256sum."""
+    paths = sorted(path for path in directory.iterdir() if path.name == graph or path.name.startswith(graph + "."))
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def plain(directory: Path) -> dict[str, Any]:

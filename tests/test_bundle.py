@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,11 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles_made import IMAGE_GRAPH, PROVENANCE, SPEC, TEXT_GRAPH, fill, golden, plain, rewrite, sign, text_only
+from bundles_made import (
+    IMAGE_GRAPH,
+    PROVENANCE,
+    SPEC,
+    TEXT_GRAPH,
+    fill,
+    golden,
+    make_plan,
+    plain,
+    rewrite,
+    sign,
+    staged_digest,
+    text_only,
+    with_plans,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_export.bundle import MAX_MANIFEST_BYTES, Bundle, Graph, Provenance, write_manifest
+from clip_export.bundle import MAX_MANIFEST_BYTES, Bundle, Plan, Provenance, replace_refusal, write_manifest
 from clip_export.errors import (
     BundleError,
     BundleIntegrityError,
@@ -26,8 +41,12 @@ from clip_export.errors import (
     BundleSchemaError,
     SpecError,
 )
+from clip_export.manifest import manifest_bytes, parse_manifest
+from clip_export.plan_selection import Machine
 
-Change = Callable[[Path], Any]
+MANIFESTS = Path(__file__).parent / "manifests"
+
+Change = Callable[[Any], Any]
 
 
 @pytest.fixture
@@ -64,7 +83,7 @@ def test_the_manifest_is_canonical_and_names_no_place(bundle: Path, tmp_path: Pa
     data = (bundle / "manifest.json").read_bytes()
     assert data.isascii()
     assert data.endswith(b'"\n}\n')
-    keys = ["schema_version", "name", "spec", "provenance", "variants", "files", "sha256"]
+    keys = ["schema_version", "name", "spec", "provenance", "variants", "plans", "files", "sha256"]
     assert list(json.loads(data)) == keys
     assert list(plain(bundle)["provenance"]["versions"]) == ["clip-export", "numpy"]
     assert str(tmp_path).encode() not in data
@@ -118,19 +137,247 @@ def test_reading_loads_no_framework(bundle: Path) -> None:
     assert done.stdout == "set()\n"
 
 
-def test_files_of_a_later_schema_have_a_place(bundle: Path) -> None:
-    plan = bundle / "plans" / "tensorrt-10.13.3+cu12-sm90-fp16" / "text.plan"
-    plan.parent.mkdir(parents=True)
-    plan.write_bytes(b"plan")
-    fp16 = Graph(file="text.fp16.onnx", opset=23, inputs=TEXT_GRAPH.inputs, outputs=TEXT_GRAPH.outputs)
-    (bundle / fp16.file).write_bytes(b"half")
-    variants = {"fp16": {"text": fp16}, "fp32": {"text": TEXT_GRAPH, "image": IMAGE_GRAPH}}
-    write_manifest(bundle, name="small", spec=SPEC, provenance=PROVENANCE, variants=variants)
+def test_variants_and_plans_have_a_place(bundle: Path) -> None:
+    manifest = with_plans(bundle)
     opened = Bundle.open(bundle)
-    assert opened.manifest.files["plans/tensorrt-10.13.3+cu12-sm90-fp16/text.plan"].size == 4
-    assert opened.graph_path("text", "fp16").read_bytes() == b"half"
-    with pytest.raises(BundleError, match="holds no fp16 image graph, only fp16 text, fp32 image, fp32 text"):
-        opened.graph_path("image", "fp16")
+    assert opened.manifest == manifest
+    image, text = opened.manifest.plans
+    assert (image.tower, text.tower) == ("image", "text")
+    assert opened.plan_path(text).read_bytes() == b"plan of text"
+    assert opened.graph_path("text", "fp16").read_bytes() == b"half of text.fp16.onnx"
+    assert opened.manifest.files[text.file].size == len("plan of text")
+    with pytest.raises(BundleError, match="holds no bf16 image graph, only fp16 image, fp16 text, fp32 image"):
+        opened.graph_path("image", "bf16")
+    assert opened.golden().text is not None
+
+
+def test_the_digest_of_a_graph_covers_its_external_data(bundle: Path) -> None:
+    with_plans(bundle)
+    opened = Bundle.open(bundle)
+    before = opened.graph_sha256("image", "fp16")
+    assert before == staged_digest(bundle, "image.fp16.onnx")
+    assert opened.graph_sha256("image") == staged_digest(bundle, "image.onnx")
+    (bundle / "image.fp16.onnx.data").write_bytes(b"heights")
+    write_manifest(bundle, name="small", spec=SPEC, provenance=PROVENANCE, variants=opened.manifest.variants)
+    assert Bundle.open(bundle).graph_sha256("image", "fp16") != before
+
+
+def test_plans_are_chosen_by_what_the_manifest_knows(bundle: Path) -> None:
+    with_plans(bundle)
+    opened = Bundle.open(bundle)
+    machine = Machine(backend="tensorrt-rtx", version="1.7.1.116", compute_capability="sm_89", free_bytes=100)
+    assert set(opened.select_plans(machine).chosen) == {"text", "image"}
+    assert set(opened.select_plans(machine, towers=("image",)).chosen) == {"image"}
+    full = opened.select_plans(dataclasses.replace(machine, free_bytes=3))
+    assert [why for _, why in full.passed_over] == ["its weights take 1 MiB of GPU memory, 0 MiB are free"] * 2
+    asked = opened.select_plans(machine, precision="fp32")
+    assert [why for _, why in asked.passed_over] == ["its precision is fp16, asked for is fp32"] * 2
+
+
+def test_a_plan_whose_graph_was_made_again_is_stale(bundle: Path) -> None:
+    plan = make_plan(graph_sha256="0" * 64)
+    with_plans(bundle, [plan])
+    machine = Machine(backend="tensorrt-rtx", version="1.7.1.116", compute_capability="sm_89")
+    (_, why) = Bundle.open(bundle).select_plans(machine, towers=("text",)).passed_over[0]
+    assert why == "compiled from an earlier text.fp16.onnx, which has changed since"
+
+
+def test_gpu_memory_counts_plan_and_graph(bundle: Path) -> None:
+    plans = [make_plan("image"), make_plan("image", options={"strip_weights": "true"})]
+    with_plans(bundle, plans)
+    opened = Bundle.open(bundle)
+    whole, stripped = (opened.gpu_memory(plan).weights for plan in plans)
+    assert whole == len("plan of image")
+    assert stripped == whole + len("half of image.fp16.onnx") + len("weights")
+
+
+def test_caches_of_running_plans_are_no_part_of_a_bundle(bundle: Path) -> None:
+    folder = bundle / with_plans(bundle).plans[0].folder
+    before = (bundle / "manifest.json").read_bytes()
+    (folder / ".runtime.image.cache").write_bytes(b"compiled here")
+    (folder / ".runtime.image.cache.12345").write_bytes(b"half writ")
+    assert Bundle.open(bundle).name == "small"
+    assert replace_refusal(bundle) is None
+    with_plans(bundle)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["plans/a/.git", "plans/.runtime.cache", ".runtime.cache", "plans/a/.runtime/b"])
+def test_other_hidden_files_are_the_users(bundle: Path, name: str) -> None:
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_bytes(b"mine")
+    assert Bundle.open(bundle).name == "small"
+    assert replace_refusal(bundle) == f"it holds {name}, which the bundle does not list"
+
+
+# Schemas
+
+
+def test_the_bytes_of_schema_2(bundle: Path, golden_text: Callable[[str, str], None]) -> None:
+    plan = make_plan(
+        gpu="NVIDIA L4",
+        driver="580.95.05",
+        cuda="13.0",
+        activation_bytes=(4096, 8192),
+        folder="plans/golden",
+        inspector="plans/golden/text.layers.json",
+        options={"attention": "operator", "tf32": "true"},
+    )
+    manifest = with_plans(bundle, [plan, make_plan("image")])
+    golden_text(manifest_bytes(manifest).decode("ascii"), "manifests/schema-2.json")
+    data = (MANIFESTS / "schema-2.json").read_bytes()
+    assert parse_manifest(data) == manifest
+    assert manifest_bytes(parse_manifest(data)) == data
+
+
+def test_schema_1_is_read_and_schema_2_written() -> None:
+    """A real manifest of the version before: that of the demo, as its users have it."""
+    data = (MANIFESTS / "schema-1.json").read_bytes()
+    manifest = parse_manifest(data)
+    assert (manifest.schema_version, manifest.name, manifest.plans) == (1, "demo", ())
+    assert manifest.graph_sha256("text.onnx") == "b241eec1522ffa847227034866d7bfd393a979453931b3a07be47ea973f97ffc"
+    again = parse_manifest(manifest_bytes(manifest))
+    assert again == dataclasses.replace(manifest, schema_version=2)
+
+
+def test_a_manifest_of_two_schemas_at_once(bundle: Path) -> None:
+    rewrite(bundle, schema_version=1)
+    with pytest.raises(BundleSchemaError, match=r"manifest.json: unknown key plans, which schema 1 does not have"):
+        Bundle.open(bundle)
+
+
+def _plan(**changes: Any) -> Change:
+    """Change the entry of the first plan, that of the image tower."""
+
+    def change(data: Any) -> None:
+        data["plans"][0] |= changes
+
+    return change
+
+
+def _profile(**changes: Any) -> Change:
+    def change(data: Any) -> None:
+        data["plans"][0]["profiles"][0]["pixels"] |= changes
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_plan(file="plans/x/image.plan"), "files: 'plans/x/image.plan' should be listed and is not"),
+        (_plan(file="../../etc/passwd"), "'../../etc/passwd' is not the place of a plan"),
+        (_plan(file="plans/../image.plan"), "'plans/../image.plan' should be listed and is not"),
+        (_plan(file="/plans/image.plan"), "is not the place of a plan"),
+        (_plan(file="image.onnx"), "'image.onnx' is not the place of a plan: expected plans/FOLDER/image.plan"),
+        (_plan(tower="sound"), "'sound' is not one of text, image"),
+        (_plan(backend="tvm"), "'tvm' is not one of tensorrt, tensorrt-rtx"),
+        (_plan(attention="fused"), "'fused' is not one of operator, inspector"),
+        (_plan(precision="int8"), "variants hold no int8 image graph"),
+        (_plan(graph="text.fp16.onnx"), "'text.fp16.onnx' is no image graph of the variants"),
+        (_plan(graph="../image.onnx"), "'../image.onnx' is no image graph of the variants"),
+        (_plan(outputs=["normalized"]), r"outputs are \['normalized'\], those of the graph are \['embedding'\]"),
+        (_plan(outputs=["normalized", "embedding"]), "those of the graph are"),
+        (_plan(outputs=[]), "those of the graph are"),
+        (_plan(profiles=[]), "expected 1 to 64 profiles, found 0"),
+        (_plan(profiles={}), "profiles: expected a list, found dict"),
+        (_plan(profiles=[{"sound": {"min": [1], "opt": [1], "max": [1]}}]), r"profiles name \['sound'\], the graph"),
+        (_plan(speed=1), r"manifest.json.plans\[0\]: unknown key speed"),
+        (_plan(seconds="fast"), "seconds: expected float, found 'fast'"),
+        (_plan(seconds=1e308), "building cannot take"),
+        (_plan(peak_memory_mib=2**63 - 1), "building cannot take 9223372036854775807 MiB"),
+        (_plan(options={"run": "rm"}), "unknown option run"),
+        (_plan(gpu="\x1b[31m"), "gpu must be short and printable"),
+        (_profile(max=[9, 3, 16]), "as many axes each"),
+        (_profile(max=[0, 3, 16, 16]), "expected positive sizes with min <= opt <= max on every axis"),
+        (_profile(max=[2**62, 3, 16, 16]), "pixels cannot be as large as"),
+        (_profile(max=[True, 3, 16, 16]), "expected int, found True"),
+        (_profile(max="8x3x16x16"), "expected a list, found str"),
+        (lambda data: data["plans"].append(data["plans"][0]), "plans: 'plans/.*/image.plan' is listed twice"),
+        (lambda data: data.update(plans=data["plans"] * 200), "plans: at most 256, found 400"),
+        (lambda data: data.update(plans={}), "manifest.json.plans: expected a list, found dict"),
+    ],
+)
+def test_plans_that_contradict_the_manifest(bundle: Path, change: Change, words: str) -> None:
+    with_plans(bundle)
+    data = plain(bundle)
+    change(data)
+    (bundle / "manifest.json").write_bytes(sign(json.dumps(data)))
+    with pytest.raises(BundleSchemaError, match=words) as raised:
+        Bundle.open(bundle)
+    assert raised.value.message.isprintable()
+    assert raised.value.hint
+
+
+def test_a_plan_of_a_tower_that_the_spec_lacks(bundle: Path) -> None:
+    with pytest.raises(BundleSchemaError, match="variants hold no fp16 text graph"):
+        write_manifest(
+            bundle,
+            name="small",
+            spec=SPEC,
+            provenance=PROVENANCE,
+            variants={"fp32": {"text": TEXT_GRAPH, "image": IMAGE_GRAPH}},
+            plans=[_on_disk(bundle, make_plan())],
+        )
+
+
+def _on_disk(directory: Path, plan: Plan) -> Plan:
+    (directory / plan.file).parent.mkdir(parents=True)
+    (directory / plan.file).write_bytes(b"plan")
+    return plan
+
+
+def test_an_inspector_file_is_listed(bundle: Path) -> None:
+    plan = make_plan(folder="plans/a", inspector="plans/a/text.json")
+    manifest = with_plans(bundle, [plan])
+    assert "plans/a/text.json" in manifest.files
+    data = plain(bundle)
+    del data["files"]["plans/a/text.json"]
+    (bundle / "manifest.json").write_bytes(sign(json.dumps(data)))
+    with pytest.raises(BundleSchemaError, match=r"files: 'plans/a/text.json' should be listed and is not"):
+        Bundle.open(bundle)
+
+
+# Known files are not hashed again
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are hashed from here on."""
+    names: list[str] = []
+    digest = hashlib.file_digest
+
+    def spy(file: Any, algorithm: str) -> Any:
+        names.append(Path(file.name).name)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", spy)
+    return names
+
+
+def test_only_links_to_the_known_bundle_are_trusted(bundle: Path, tmp_path: Path, hashed: list[str]) -> None:
+    known = Bundle.open(bundle, check_files=False)
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    for name in known.manifest.files:
+        os.link(bundle / name, staging / name)
+    copy = (staging / "report.json").read_bytes()
+    (staging / "report.json").unlink()
+    (staging / "report.json").write_bytes(copy)  # the same bytes, and another file
+    manifest = with_plans(staging, [], known=known)
+    assert sorted(hashed) == ["image.fp16.onnx", "image.fp16.onnx.data", "report.json", "text.fp16.onnx"]
+    assert {name: manifest.files[name] for name in known.manifest.files} == known.manifest.files
+    assert Bundle.open(staging).name == "small"
+
+
+def test_a_link_of_another_size_is_hashed(bundle: Path, tmp_path: Path, hashed: list[str]) -> None:
+    known = Bundle.open(bundle, check_files=False)
+    shutil.copytree(bundle, tmp_path / "staging", copy_function=os.link)
+    with (bundle / "image.onnx").open("ab") as file:
+        file.write(b"more")
+    with_plans(tmp_path / "staging", [], known=known)
+    assert "image.onnx" in hashed
+    assert "text.onnx" not in hashed
 
 
 def test_a_bundle_of_one_tower(tmp_path: Path) -> None:
@@ -271,7 +518,7 @@ def _nested(depth: int) -> str:
         ('{"schema_version": 1e999}', "1e999 is out of range"),
         ('{"schema_version": ' + "9" * 5000 + "}", "9999 is out of range"),
         ('{"schema_version": 9223372036854775808}', "out of range"),
-        ('{"schema_version": 2}', "schema 2 was written by a newer clip-export; this one reads up to 1"),
+        ('{"schema_version": 3}', "schema 3 was written by a newer clip-export; this one reads up to 2"),
         ('{"schema_version": 0}', "expected a schema_version of 1 or more, found 0"),
         ('{"schema_version": true}', "expected a schema_version of 1 or more, found True"),
         ('{"schema_version": "1"}', "expected a schema_version of 1 or more, found '1'"),
@@ -290,7 +537,7 @@ def test_what_is_no_manifest(bundle: Path, text: str, words: str) -> None:
 
 
 def test_a_newer_schema_says_how_to_upgrade(bundle: Path) -> None:
-    rewrite(bundle, schema_version=2, something_new={})
+    rewrite(bundle, schema_version=3, something_new={})
     with pytest.raises(BundleSchemaError) as raised:
         Bundle.open(bundle)
     assert raised.value.hint == "upgrade clip-export: pip install -U clip-export"
@@ -397,7 +644,7 @@ def test_a_manifest_that_contradicts_itself(bundle: Path, change: Callable[[Any]
     assert raised.value.message.isprintable()
 
 
-@pytest.mark.parametrize("key", ["name", "spec", "provenance", "variants", "files"])
+@pytest.mark.parametrize("key", ["name", "spec", "provenance", "variants", "plans", "files"])
 def test_a_missing_key(bundle: Path, key: str) -> None:
     data = plain(bundle)
     del data[key]
@@ -483,7 +730,7 @@ def test_a_copy_is_a_bundle(pristine: Path, tmp_path: Path) -> None:
 def test_the_documents_snippets_run(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = Path(__file__).parent.parent / "docs" / "bundle-format.md"
     snippets = re.findall(r"^```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     shutil.copytree(pristine, tmp_path / "engines" / "demo")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,21 +15,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bundles_made import fill
+from bundles_made import fill, make_plan, with_plans
 from crashing import leave_as_killed_between_the_renames
 
-from clip_export.bundle import Bundle
-from clip_export.errors import BundleBusyError, BundleError, BundleNotFoundError
-from clip_export.publish import staged
+from clip_export.bundle import Bundle, write_manifest
+from clip_export.errors import (
+    BundleBusyError,
+    BundleError,
+    BundleIntegrityError,
+    BundleNotFoundError,
+    BundleSchemaError,
+    ClipExportError,
+)
+from clip_export.publish import discard, extended, staged
 
 TESTS = Path(__file__).parent
 PRELUDE = """
 import os, signal, sys
 from pathlib import Path
-from bundles_made import fill
+from bundles_made import fill, with_plans
 from clip_export.bundle import Bundle
 from clip_export.errors import ClipExportError, BundleBusyError
-from clip_export.publish import staged
+from clip_export.publish import extended, staged
 target = Path(sys.argv[1])
 """
 
@@ -118,7 +126,7 @@ def test_a_damaged_bundle_and_a_newer_one_are_replaced(tmp_path: Path) -> None:
     (target / "text.onnx").unlink()
     (target / "image.onnx").write_bytes(b"")
     manifest = (target / "manifest.json").read_bytes()
-    (target / "manifest.json").write_bytes(manifest.replace(b'"schema_version": 1', b'"schema_version": 7'))
+    (target / "manifest.json").write_bytes(manifest.replace(b'"schema_version": 2', b'"schema_version": 7'))
     build(target, "new", force=True)
     assert Bundle.open(target).name == "new"
 
@@ -468,3 +476,381 @@ for n in range(1, 26):
     assert writer.communicate() == ("", "")
     assert Bundle.open(target).name == "25"
     assert len(seen) > 1
+
+
+# Extending
+
+
+def extend(target: Path) -> None:
+    """Add fp16 graphs and a plan of each."""
+    with extended(target) as (bundle, staging):
+        with_plans(staging, known=bundle)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, time of writing and bytes of every file, hidden or not."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(f.relative_to(directory)): (f.stat().st_ino, f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+def test_a_bundle_is_extended(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    with extended(target) as (bundle, staging):
+        assert bundle == Bundle.open(target)
+        assert names(staging) == ["golden.safetensors", "image.onnx", "report.json", "text.onnx", "tokenizer.json"]
+        with_plans(staging, known=bundle)
+        assert Bundle.open(target).manifest.plans == ()
+    assert [plan.tower for plan in Bundle.open(target).manifest.plans] == ["image", "text"]
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_is_there_is_linked_and_not_copied(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    before = snapshot(target)
+    extend(target)
+    between = snapshot(target)
+    extend_again(target)
+    after = snapshot(target)
+    shared = {"golden.safetensors", "image.onnx", "text.onnx", "tokenizer.json"}
+    assert {name for name in before if before[name] == between[name]} == shared
+    assert {name for name in between if between[name] == after[name]} == between.keys() - {
+        "report.json",
+        "manifest.json",
+    }
+    assert all((target / name).stat().st_nlink == 1 for name in after)
+
+
+def extend_again(target: Path) -> None:
+    """A second plan beside those that `extend` added, whose graphs and files are left alone."""
+    with extended(target) as (bundle, staging):
+        plan = make_plan(folder="plans/later")
+        (staging / plan.file).parent.mkdir(parents=True)
+        (staging / plan.file).write_bytes(b"later")
+        old = bundle.manifest
+        write_manifest(
+            staging,
+            name=old.name,
+            spec=old.spec,
+            provenance=old.provenance,
+            variants=old.variants,
+            plans=[*old.plans, plan],
+            known=bundle,
+        )
+
+
+def test_caches_of_running_plans_go_along(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    extend(target)
+    folder = target / "plans" / "both"
+    (folder / ".runtime.text.cache").write_bytes(b"compiled here")
+    (folder / ".runtime.text.cache.123").write_bytes(b"half writ")
+    (folder / ".runtime.link.cache").symlink_to(tmp_path)
+    extend_again(target)
+    assert names(folder) == [".runtime.text.cache", "image.plan", "text.plan"]
+    assert (folder / ".runtime.text.cache").read_bytes() == b"compiled here"
+
+
+def test_a_file_is_replaced_beside_the_old_one(tmp_path: Path) -> None:
+    """Old readers keep the old bytes: what they have open is never written to."""
+    target = tmp_path / "a"
+    build(target)
+    extend(target)
+    kept = tmp_path / "kept"
+    shutil.copytree(target, kept, copy_function=os.link)
+    before = snapshot(kept)
+    with extended(target) as (bundle, staging), (target / "text.fp16.onnx").open("rb") as reader:
+        beside = staging / "beside"
+        beside.write_bytes(b"another half")
+        beside.rename(staging / "text.fp16.onnx")
+        discard(staging, "plans/both/image.plan")
+        (staging / "plans" / "both" / "image.plan").write_bytes(b"another plan")
+        (staging / "report.json").write_text('{"layers": 2}')
+        write_manifest(
+            staging,
+            name=bundle.name,
+            spec=bundle.spec,
+            provenance=bundle.manifest.provenance,
+            variants=bundle.manifest.variants,
+            known=bundle,
+        )
+        assert reader.read() == b"half of text.fp16.onnx"
+    assert snapshot(kept) == before
+    assert Bundle.open(target).report() == {"layers": 2}
+    assert (target / "text.fp16.onnx").read_bytes() == b"another half"
+    assert Bundle.open(kept).name == "small"
+
+
+def test_discarding(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    extend(target)
+    before = snapshot(target)
+    with pytest.raises(ZeroDivisionError), extended(target) as (_, staging):
+        discard(staging, "plans/both")
+        discard(staging, "text.fp16.onnx")
+        discard(staging, "nothing/here")
+        assert names(staging / "plans") == []
+        assert "text.fp16.onnx" not in names(staging)
+        for name in ("..", "../a", "plans/../../a", "/etc/passwd", "", "."):
+            with pytest.raises(BundleError, match="is no file inside the bundle"):
+                discard(staging, name)
+        raise ZeroDivisionError
+    assert snapshot(target) == before
+
+
+def test_a_link_that_is_written_through_is_noticed(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    with (
+        pytest.raises(BundleIntegrityError, match=r"text.onnx in .*/a was written to while the bundle was extended"),
+        extended(target) as (bundle, staging),
+    ):
+        (staging / "text.onnx").write_bytes(b"graph of SMALL")
+        with_plans(staging, known=bundle)
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP])
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    target = tmp_path / "a"
+    build(target)
+    before = snapshot(target)
+
+    def no_link(source: Path, destination: Path) -> None:
+        raise OSError(code, os.strerror(code), str(source), None, str(destination))
+
+    monkeypatch.setattr(os, "link", no_link)
+    extend(target)
+    after = snapshot(target)
+    assert {name for name in before if before[name][2] == after[name][2]} == before.keys() - {"manifest.json"}
+    assert not {inode for inode, *_ in before.values()} & {inode for inode, *_ in after.values()}
+    assert len(Bundle.open(target).manifest.plans) == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("call", ["link", "fsync", "rename"])
+def test_a_disk_that_fails_while_extending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    target = tmp_path / "a"
+    build(target)
+    before = snapshot(target)
+    rename = Path.rename
+
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def rename_all_but_staging(self: Path, to: Path) -> Path:
+        return fail() or self if ".building-" in self.name and to == target else rename(self, to)
+
+    if call == "rename":
+        monkeypatch.setattr(Path, "rename", rename_all_but_staging)
+    else:
+        monkeypatch.setattr(os, call, fail)
+    with pytest.raises(BundleError, match=f"cannot write {target}: {os.strerror(code)}") as raised:
+        extend(target)
+    assert raised.value.hint is not None
+    assert raised.value.hint.endswith(", or extend a copy of the bundle")
+    assert snapshot(target) == before
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("trt"), KeyboardInterrupt(), SystemExit(3), ClipExportError("x")])
+def test_what_an_extension_raises_leaves_the_bundle_as_it_was(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "a"
+    build(target)
+    before = snapshot(target)
+    with pytest.raises(type(error)) as raised, extended(target) as (bundle, staging):
+        with_plans(staging, known=bundle)
+        raise error
+    assert raised.value is error
+    assert snapshot(target) == before
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_extension_without_a_manifest_is_not_published(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    before = snapshot(target)
+    with pytest.raises(BundleNotFoundError, match=r"it has no manifest\.json"), extended(target):
+        pass
+    assert snapshot(target) == before
+    assert names(tmp_path) == ["a"]
+
+
+def _newer_schema(target: Path) -> None:
+    build(target)
+    manifest = (target / "manifest.json").read_bytes()
+    (target / "manifest.json").write_bytes(manifest.replace(b'"schema_version": 2', b'"schema_version": 3'))
+
+
+def _same_size(target: Path) -> None:
+    build(target)
+    (target / "image.onnx").write_bytes(bytes(1024))
+
+
+def _linked(target: Path) -> None:
+    build(target.with_name("real"))
+    target.symlink_to("real")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "words", "hint"),
+    [
+        (lambda target: None, BundleNotFoundError, "a does not exist", "make one with: clip-export build"),
+        (_directory, BundleNotFoundError, "a is not a bundle: it has no manifest.json", "make one with"),
+        (lambda target: target.write_text("x"), BundleNotFoundError, "a is a file, not the directory", "make one with"),
+        (lambda target: target.symlink_to("nowhere"), BundleError, "a is a symbolic link to nowhere", "give the dir"),
+        (_linked, BundleError, "a is a symbolic link to real", "give the directory that it points to"),
+        (_notes_in_a_bundle, BundleIntegrityError, "notes.txt in .* is not listed", "move it out of the bundle"),
+        (_git_in_a_bundle, BundleError, "a is not replaced: it holds .git/HEAD, which", "extend a copy of the bundle"),
+        (_newer_schema, BundleSchemaError, "schema 3 was written by a newer clip-export", "upgrade clip-export"),
+        (_damaged_manifest, BundleSchemaError, "manifest.json is not valid JSON", "build the bundle again"),
+        (_same_size, BundleIntegrityError, "image.onnx in .* is changed: expected sha256", "build the bundle again"),
+    ],
+)
+def test_what_cannot_be_extended(
+    tmp_path: Path, prepare: Callable[[Path], object], error: type[BundleError], words: str, hint: str
+) -> None:
+    prepare(tmp_path / "a")
+    before = snapshot(tmp_path)
+    with pytest.raises(error, match=words) as raised:
+        extend(tmp_path / "a")
+    assert str(raised.value.hint).startswith(hint)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_bundle_in_no_directory_at_all(tmp_path: Path) -> None:
+    with pytest.raises(BundleNotFoundError, match="does not exist"):
+        extend(tmp_path / "no" / "such" / "a")
+    assert names(tmp_path) == []
+
+
+def test_the_current_directory_cannot_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "a")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(BundleError, match="a is the current directory, or holds it") as raised:
+        extend(Path())
+    assert raised.value.hint == "leave it first: cd .."
+
+
+def test_a_bundle_that_was_being_replaced_is_put_back_and_extended(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target, "old")
+    leave_as_killed_between_the_renames(target)
+    extend(target)
+    assert Bundle.open(target).name == "old"
+    assert len(Bundle.open(target).manifest.plans) == 2
+    assert names(tmp_path) == ["a"]
+
+
+def test_one_extends_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    with extended(target) as (bundle, staging):
+        with pytest.raises(BundleBusyError, match=f"another process is building {target}"):
+            extend(target)
+        with pytest.raises(BundleBusyError):
+            build(target, force=True)
+        with_plans(staging, known=bundle)
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_disk_that_is_full_while_extending(tmp_path: Path) -> None:
+    build(tmp_path / "a")
+    before = snapshot(tmp_path)
+    body = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    with extended(target) as (bundle, staging):
+        (staging / "text.plan").write_bytes(bytes(100_000))
+except ClipExportError as error:
+    print(error)
+"""
+    output, errors = script(body, tmp_path / "a").communicate()
+    assert errors == ""
+    assert output == (
+        f"cannot write {tmp_path}/a: File too large\nhint: free some space, or extend a copy of the bundle\n"
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_a_bundle_in_a_place_that_may_not_be_written() -> None:
+    body = """
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    with extended(target):
+        pass
+except ClipExportError as error:
+    print(error)
+"""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name).resolve()
+        build(directory / "a")
+        directory.chmod(0o555)
+        before = snapshot(directory)
+        output, errors = script(body, directory / "a").communicate()
+        assert errors == ""
+        assert output == (
+            f"cannot write {directory}/a: Permission denied ({directory}/.a.lock)\n"
+            "hint: check the permissions, or extend a copy of the bundle\n"
+        )
+        assert snapshot(directory) == before
+        directory.chmod(0o755)
+
+
+def test_an_extension_that_is_killed_at_every_operation(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "crashing_extension.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    crashes = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert {found for _, found in crashes} == {"old", "extended", "old aside"}
+    operations = Counter(operation for operation, _ in crashes)
+    assert operations["os.link"] == 4
+    assert operations["os.rename"] == 3
+    assert len(crashes) > 40
+
+
+def test_ctrl_c_while_extending(tmp_path: Path) -> None:
+    build(tmp_path / "a")
+    before = snapshot(tmp_path)
+    body = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with extended(target) as (bundle, staging):
+    print("inside", flush=True)
+    sys.stdin.read(1)
+"""
+    process = script(body, tmp_path / "a")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert "KeyboardInterrupt" in errors
+    assert snapshot(tmp_path) == before
+
+
+def test_reading_while_it_is_extended(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    build(target)
+    body = """
+for _ in range(20):
+    with extended(target) as (bundle, staging):
+        with_plans(staging, known=bundle)
+    with staged(target, force=True) as staging:
+        fill(staging)
+"""
+    writer = script(body, target)
+    seen = set()
+    while writer.poll() is None:
+        try:
+            seen.add(len(Bundle.open(target).manifest.plans))
+        except BundleError:
+            continue
+    assert writer.communicate() == ("", "")
+    assert seen == {0, 2}
