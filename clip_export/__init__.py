@@ -16,22 +16,41 @@ from clip_export import errors
 from clip_export.errors import ClipExportError
 
 if TYPE_CHECKING:
+    from clip_export.backends.building import EngineOptions
     from clip_export.bundle import Bundle
+    from clip_export.compilation import PlanOptions
     from clip_export.encoder import Encoder
+    from clip_export.extension import extend
     from clip_export.pipeline import build, reference
     from clip_export.runtime import load
     from clip_export.verification import Verification, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "ClipExportError", "Encoder", "Verification", "build", "errors", "load", "reference", "verify"]
+__all__ = [
+    "Bundle",
+    "ClipExportError",
+    "Encoder",
+    "EngineOptions",
+    "PlanOptions",
+    "Verification",
+    "build",
+    "errors",
+    "extend",
+    "load",
+    "reference",
+    "verify",
+]
 
 # No module carries the name of a function here: importing it would hide the function.
 _HOMES = {
     "Bundle": "bundle",
     "Encoder": "encoder",
+    "EngineOptions": "backends.building",
+    "PlanOptions": "compilation",
     "Verification": "verification",
     "build": "pipeline",
+    "extend": "extension",
     "load": "runtime",
     "reference": "pipeline",
     "verify": "verification",

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_export.errors import ImageError, InputError
+from clip_export.plans import NORMALIZED
 from clip_export.preprocess import ImageInput, Preprocessor, as_list
 from clip_export.spec import ModelSpec, Tower
 from clip_export.tokenizer import Tokenizer, Tokens
+
+if TYPE_CHECKING:
+    from clip_export.backends.device_array import DeviceArray
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Run: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -25,12 +30,22 @@ Run: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 DEFAULT_BATCH_SIZE = 32
 
 
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """How a tower runs without its results leaving the GPU: `run(feeds, outputs=names)`, for any of `outputs`."""
+
+    run: Callable[..., Mapping[str, DeviceArray]]
+    outputs: tuple[str, ...]
+
+
 class Encoder:
     """Both towers of one CLIP model, or one of them. Safe to share by threads.
 
     `run_text` takes input_ids int32 [batch, sequence] and eot_index int32 [batch]; `run_image` takes pixels uint8
     [batch, 3, height, width]. `trim` says that a text batch may be cut after its longest end token, which changes
-    nothing for a causal tower and saves most of the work on captions.
+    nothing for a causal tower and saves most of the work on captions; `trim_step` that the length left is a multiple of
+    it, so that an engine which prepares for each shape meets few of them. `on_device` are the towers whose engines can
+    leave embeddings on a GPU.
     """
 
     def __init__(
@@ -39,9 +54,11 @@ class Encoder:
         *,
         run_text: Run | None = None,
         run_image: Run | None = None,
+        on_device: Mapping[Tower, OnDevice] | None = None,
         tokenizer: Tokenizer | None = None,
         preprocessor: Preprocessor | None = None,
         trim: bool = False,
+        trim_step: int = 1,
         batch_size: int = DEFAULT_BATCH_SIZE,
         close: Callable[[], None] | None = None,
     ) -> None:
@@ -50,9 +67,11 @@ class Encoder:
         self.spec = spec
         self.batch_size = batch_size
         self._run: dict[Tower, Run | None] = {"text": run_text, "image": run_image}
+        self._on_device = on_device or {}
         self._tokenizer = tokenizer
         self._preprocessor = preprocessor
         self._trim = trim
+        self._trim_step = trim_step
         self._close = close
 
     @property
@@ -71,25 +90,90 @@ class Encoder:
             raise _no_tower("image")
         return self._preprocessor(images)
 
-    def encode_text(self, texts: Sequence[str], *, normalize: bool = True, truncate: bool | None = None) -> Floats:
+    @overload
+    def encode_text(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool = True,
+        truncate: bool | None = None,
+        device_output: Literal[False] = False,
+    ) -> Floats: ...
+
+    @overload
+    def encode_text(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool = True,
+        truncate: bool | None = None,
+        device_output: Literal[True],
+    ) -> DeviceArray: ...
+
+    def encode_text(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool = True,
+        truncate: bool | None = None,
+        device_output: bool = False,
+    ) -> Floats | DeviceArray:
         """Embeddings of `texts`, float32 [n, embedding_dim], each of length 1 unless `normalize` is False.
 
-        `truncate` cuts what is longer than the context as the original does; None is the dialect's default. Raises
-        TextError naming the text, InputError where the bundle was built without embeddings.
+        `truncate` cuts what is longer than the context as the original does; None is the dialect's default.
+        `device_output` leaves them on the GPU: a DeviceArray, for DLPack. Raises TextError naming the text, InputError
+        where the bundle was built without embeddings or where no engine of a GPU runs it.
         """
-        return self._embedding("text", self.text_outputs(texts, truncate=truncate), normalize)
+        if not device_output:
+            return self._embedding("text", self.text_outputs(texts, truncate=truncate), normalize)
+        tokens = self._tokens(texts, truncate)
+        length = self._length(tokens, slice(None))
+        feeds = {"input_ids": np.ascontiguousarray(tokens.input_ids[:, :length]), "eot_index": tokens.eot_index}
+        return self._left_on_device("text", feeds, normalize)
 
-    def encode_image(self, images: Sequence[ImageInput], *, normalize: bool = True) -> Floats:
+    @overload
+    def encode_image(
+        self, images: Sequence[ImageInput], *, normalize: bool = True, device_output: Literal[False] = False
+    ) -> Floats: ...
+
+    @overload
+    def encode_image(
+        self, images: Sequence[ImageInput], *, normalize: bool = True, device_output: Literal[True]
+    ) -> DeviceArray: ...
+
+    def encode_image(
+        self, images: Sequence[ImageInput], *, normalize: bool = True, device_output: bool = False
+    ) -> Floats | DeviceArray:
         """Embeddings of `images`, float32 [n, embedding_dim], each of length 1 unless `normalize` is False.
 
-        An image is a path, the bytes of an image file, a PIL image, or a uint8 array [height, width, 3]. Raises
-        ImageError naming the image, InputError where the bundle was built without embeddings.
+        An image is a path, the bytes of an image file, a PIL image, or a uint8 array [height, width, 3].
+        `device_output` leaves them on the GPU: a DeviceArray, for DLPack. Raises ImageError naming the image,
+        InputError where the bundle was built without embeddings or where no engine of a GPU runs it.
         """
+        if device_output:
+            return self._left_on_device("image", {"pixels": self.preprocess(images)}, normalize)
         return self._embedding("image", self.image_outputs(images), normalize)
 
-    def encode_pixels(self, pixels: npt.NDArray[np.uint8], *, normalize: bool = True) -> Floats:
-        """Like `encode_image`, from what `preprocess` gives: uint8 [n, 3, height, width]."""
-        return self._embedding("image", self.pixel_outputs(pixels), normalize)
+    @overload
+    def encode_pixels(
+        self, pixels: Any, *, normalize: bool = True, device_output: Literal[False] = False
+    ) -> Floats: ...
+
+    @overload
+    def encode_pixels(self, pixels: Any, *, normalize: bool = True, device_output: Literal[True]) -> DeviceArray: ...
+
+    def encode_pixels(
+        self, pixels: Any, *, normalize: bool = True, device_output: bool = False
+    ) -> Floats | DeviceArray:
+        """Like `encode_image`, from what `preprocess` gives: uint8 [n, 3, height, width].
+
+        They may lie on the GPU already, in an array of any library that has DLPack or __cuda_array_interface__.
+        """
+        there = _is_on_gpu(pixels)
+        if not there and not device_output:
+            return self._embedding("image", self.pixel_outputs(pixels), normalize)
+        left = self._left_on_device("image", {"pixels": pixels if there else self._checked_pixels(pixels)}, normalize)
+        return left if device_output else left.numpy()
 
     def similarity(self, images: Sequence[ImageInput], texts: Sequence[str]) -> Floats:
         """exp(logit_scale) * cosine (+ logit_bias), float32 [n_images, n_texts]: CLIP's logits per image."""
@@ -140,7 +224,12 @@ class Encoder:
 
     def pixel_outputs(self, pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
         """Like `image_outputs`, from pixels uint8 [n, 3, height, width]. Raises ImageError for any other array."""
-        run = self._runner("image")
+        run, pixels = self._runner("image"), self._checked_pixels(pixels)
+        batches = ((rows, run({"pixels": pixels[rows]})) for rows in self._chunks(len(pixels)))
+        return self._collect("image", len(pixels), batches)
+
+    def _checked_pixels(self, pixels: Any) -> npt.NDArray[np.uint8]:
+        self._runner("image")
         assert self.spec.preprocess is not None
         expected = (3, self.spec.preprocess.crop_size, self.spec.preprocess.crop_size)
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
@@ -149,8 +238,7 @@ class Encoder:
                 f"expected pixels uint8 [n, {', '.join(map(str, expected))}], found {found}",
                 hint="preprocess(images) makes them",
             )
-        batches = ((rows, run({"pixels": pixels[rows]})) for rows in self._chunks(len(pixels)))
-        return self._collect("image", len(pixels), batches)
+        return pixels
 
     def close(self) -> None:
         """Free the engines. An encoder that is closed raises BackendError when it is used."""
@@ -175,11 +263,18 @@ class Encoder:
 
     def _text_batches(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, int]]:
         """(rows, sequence length) of each batch: texts of like length together, so that little is padded."""
-        context_length = tokens.input_ids.shape[1]
         order = np.argsort(tokens.eot_index, kind="stable") if self._trim else np.arange(len(tokens.eot_index))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            yield rows, int(tokens.eot_index[rows].max()) + 1 if self._trim else context_length
+            yield rows, self._length(tokens, rows)
+
+    def _length(self, tokens: Tokens, rows: np.ndarray | slice) -> int:
+        """How much of the context the engine gets for `rows`."""
+        context_length = tokens.input_ids.shape[1]
+        if not self._trim:
+            return int(context_length)
+        longest = int(tokens.eot_index[rows].max(initial=0)) + 1
+        return int(min(context_length, -(-longest // self._trim_step) * self._trim_step))
 
     def _collect(
         self, tower: Tower, count: int, batches: Iterator[tuple[np.ndarray | slice, Mapping[str, np.ndarray]]]
@@ -208,11 +303,35 @@ class Encoder:
         embedding = outputs["embedding"]
         return _normalized(embedding) if normalize else embedding
 
+    def _left_on_device(self, tower: Tower, feeds: Mapping[str, Any], normalize: bool) -> DeviceArray:
+        self._runner(tower)
+        engine, name = self._on_device.get(tower), NORMALIZED if normalize else "embedding"
+        if engine is None:
+            raise InputError(
+                f"the engine of the {tower} tower runs on the CPU and can neither take nor leave arrays on a GPU",
+                hint="load the bundle with backend tensorrt or tensorrt-rtx, or onnxruntime on device cuda:0",
+            )
+        if name not in engine.outputs:
+            found = f"the {tower} engine can leave {', '.join(engine.outputs)} on the GPU, and not {name!r}"
+            hint = "pass normalize=False" if "embedding" in engine.outputs else "build with --outputs embedding"
+            raise InputError(found, hint=hint)
+        if any(array.shape[0] == 0 for array in feeds.values() if isinstance(array, np.ndarray)):
+            raise InputError(f"expected at least one {tower} for device_output, found none")
+        return engine.run(feeds, outputs=(name,))[name]
+
     def _runner(self, tower: Tower) -> Run:
         run = self._run[tower]
         if run is None:
             raise _no_tower(tower)
         return run
+
+
+def _is_on_gpu(array: object) -> bool:
+    """Whether a library says that its array lies on a CUDA device (2 in DLPack's numbering; 13 is managed memory)."""
+    if isinstance(array, np.ndarray):
+        return False
+    device = getattr(array, "__dlpack_device__", None)
+    return hasattr(array, "__cuda_array_interface__") if device is None else device()[0] in (2, 13)
 
 
 def _block(input_ids: npt.NDArray[np.int32], rows: np.ndarray, length: int) -> npt.NDArray[np.int32]:

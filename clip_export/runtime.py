@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 
 from clip_export import backends
+from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
-from clip_export.encoder import DEFAULT_BATCH_SIZE, Encoder
+from clip_export.choice import Choice, choose
+from clip_export.encoder import Encoder, OnDevice
 from clip_export.errors import BundleError, BundleIntegrityError, InputError
 from clip_export.golden import Golden
 from clip_export.manifest import REBUILD
@@ -18,36 +23,58 @@ from clip_export.spec import ModelSpec, Tower
 from clip_export.tokenizer import Tokenizer, dialect_versions
 
 MAX_THREADS = 1024  # more than any machine has cores; ONNX Runtime would start them all
+TRIM_STEP = 8  # tokens: plans meet few lengths, and tensor cores like multiples of 8
 
 
 def load(
     path: str | os.PathLike[str] | Bundle,
     *,
     backend: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
+    precision: str | None = None,
+    fallback: str | None = None,
     threads: int | None = None,
     check_files: bool = True,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
+    options: Any = None,
 ) -> Encoder:
     """Open the bundle at `path` and its engines.
 
-    `backend` is by default the best that works here; `device` is `cpu` or `cuda:0`; `threads` are those of one engine,
-    all cores by default; `check_files=False` skips the hashing of files that are known to be whole; `batch_size` is
-    the most that an engine is given at once.
+    `backend` is tensorrt, tensorrt-rtx or onnxruntime, by default the best that works here: a plan that fits this GPU,
+    or the graphs. `device` is `cpu` or `cuda:0`, by default what the backend runs on; `precision` is that of the plan
+    or graph, by default the fastest that there is a plan of, and fp32 of the graphs. `fallback="onnxruntime"` runs the
+    graphs, with a warning, where `backend` cannot run here. `threads` are those of one engine, all cores by default;
+    `check_files=False` skips the hashing of files that are known to be whole; `batch_size` is the most that an engine
+    is given at once; `options` are the backend's own (`clip_export.EngineOptions` for plans).
 
     Raises InputError for threads or a batch size that cannot be; BundleError for a bundle that is damaged, or whose
-    golden samples the libraries installed here tokenize or preprocess in another way; BackendError or
-    MissingDependencyError where no engine can be opened.
+    golden samples the libraries installed here tokenize or preprocess in another way; NoPlanError where no plan fits,
+    saying of each why; other BackendErrors or MissingDependencyError where no engine can be opened.
     """
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
         raise InputError(
             f"expected threads from 1 to {MAX_THREADS}, found {threads!r}", hint="leave it out for all cores"
         )
     bundle = path if isinstance(path, Bundle) else Bundle.open(path, check_files=check_files)
+    choice = choose(bundle, backend=backend, device=device, precision=precision, fallback=fallback)
+    return open_choice(bundle, choice, threads=threads, options=options, batch_size=batch_size)
+
+
+def open_choice(
+    bundle: Bundle, choice: Choice, *, threads: int | None = None, options: Any = None, batch_size: int | None = None
+) -> Encoder:
+    """The Encoder of `bundle` over the engines of `choice`. Raises as `load` does."""
+    size = choice.batch_size if batch_size is None else batch_size
+    return assemble(bundle, choice, partial(_open, bundle, choice, threads, options), batch_size=size)
+
+
+def assemble(
+    bundle: Bundle, choice: Choice, open_tower: Callable[[Tower], backends.Engine], *, batch_size: int
+) -> Encoder:
+    """The Encoder of `bundle` over the engines that `open_tower` opens; closes them where anything goes wrong."""
     tokenizer, preprocessor = front(bundle.spec, bundle.tokenizer_json() if bundle.spec.text is not None else None)
     _check_front(bundle, bundle.golden(), tokenizer, preprocessor)
-    chosen = backends.choose(backend)
-    engines: dict[str, backends.Engine] = {}
+    engines: dict[Tower, backends.Engine] = {}
 
     def close() -> None:
         for engine in engines.values():
@@ -55,25 +82,55 @@ def load(
 
     try:
         for tower in bundle.spec.towers:
-            engines[tower] = backends.open_engine(chosen, bundle.graph_path(tower), device=device, threads=threads)
-            _check_outputs(bundle, tower, engines[tower])
+            engines[tower] = open_tower(tower)
+            _check_outputs(bundle, tower, choice.precision, engines[tower])
+        return Encoder(
+            bundle.spec,
+            run_text=engines.get("text"),
+            run_image=engines.get("image"),
+            on_device=_on_device(choice, engines),
+            tokenizer=tokenizer,
+            preprocessor=preprocessor,
+            trim=_may_trim(bundle, choice.precision),
+            trim_step=TRIM_STEP if choice.plans else 1,
+            batch_size=batch_size,
+            close=close,
+        )
     except BaseException:
         close()
         raise
-    return Encoder(
-        bundle.spec,
-        run_text=engines.get("text"),
-        run_image=engines.get("image"),
-        tokenizer=tokenizer,
-        preprocessor=preprocessor,
-        trim=_may_trim(bundle),
-        batch_size=batch_size,
-        close=close,
-    )
 
 
-def _check_outputs(bundle: Bundle, tower: Tower, engine: backends.Engine) -> None:
-    graph = bundle.graph(tower)
+def _open(bundle: Bundle, choice: Choice, threads: int | None, options: Any, tower: Tower) -> backends.Engine:
+    plan = choice.plans.get(tower)
+    if plan is None:
+        path = bundle.graph_path(tower, choice.precision)
+        options = None if isinstance(options, EngineOptions) else options  # after a fallback they are another's
+        return backends.open_engine(choice.backend, path, device=choice.device, threads=threads, options=options)
+    path = bundle.plan_path(plan)
+    # Beside the plan and hidden, so that it is no file of the bundle: what this GPU has compiled serves the next start.
+    cache = path.with_name(f".runtime-{tower}.cache")
+    graph = bundle.graph_path(tower, choice.precision) if plan.needs_graph else None
+    options = dataclasses.replace(options or EngineOptions(), runtime_cache=cache, refit_from=graph)
+    outputs = bundle.graph(tower, choice.precision).outputs
+    return backends.open_engine(choice.backend, path, device=choice.device, outputs=outputs, options=options)
+
+
+def _on_device(choice: Choice, engines: Mapping[Tower, backends.Engine]) -> dict[Tower, OnDevice]:
+    """The towers that can leave their outputs on a GPU, with the outputs that are there to be left."""
+    if choice.device == "cpu":
+        return {}
+    outputs = {
+        tower: choice.plans[tower].outputs if tower in choice.plans else engines[tower].outputs for tower in engines
+    }
+    return {
+        tower: OnDevice(cast(backends.DeviceEngine, engine).run_on_device, outputs[tower])
+        for tower, engine in engines.items()
+    }
+
+
+def _check_outputs(bundle: Bundle, tower: Tower, precision: str, engine: backends.Engine) -> None:
+    graph = bundle.graph(tower, precision)
     if set(engine.outputs) != set(graph.outputs):
         message = f"{graph.file} gives {', '.join(engine.outputs)}, the manifest says {', '.join(graph.outputs)}"
         raise BundleIntegrityError(message, hint=REBUILD)
@@ -88,11 +145,11 @@ def front(spec: ModelSpec, tokenizer_json: str | None) -> tuple[Tokenizer | None
     return tokenizer, Preprocessor(spec.preprocess) if spec.preprocess is not None else None
 
 
-def _may_trim(bundle: Bundle) -> bool:
+def _may_trim(bundle: Bundle, precision: str) -> bool:
     """Trimming needs a graph with a dynamic sequence, and nobody who asks for the states of all positions."""
     if bundle.spec.text is None:
         return False
-    graph = bundle.graph("text")
+    graph = bundle.graph("text", precision)
     return graph.sequence_dynamic and "hidden_states" not in graph.outputs
 
 

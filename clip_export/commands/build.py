@@ -1,11 +1,13 @@
-"""clip-export build: a checkpoint becomes a bundle."""
+"""clip-export build: a checkpoint becomes a bundle, and a bundle gets engines."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,12 +16,23 @@ from clip_export.commands._output import size_text
 from clip_export.commands._progress import Bar
 from clip_export.spec import TOWERS, Activation, Dialect, Tower
 
+if TYPE_CHECKING:
+    from clip_export.bundle import Bundle
+    from clip_export.recipe import Recipe
+
+_ENGINES = "Engines"
+_PROFILES = "Shapes and precision of engines"
+_COMPILER = "How plans are compiled"
+
 
 def build(
+    context: typer.Context,
     checkpoint: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT", help="A directory, a file, a Hugging Face hub id, or demo.", show_default=False
+            metavar="CHECKPOINT",
+            help="A directory, a file, a Hugging Face hub id, or demo; a BUNDLE to add engines to; or a RECIPE.toml.",
+            show_default=False,
         ),
     ],
     *,
@@ -35,7 +48,7 @@ def build(
             metavar="NAMES", help="Any of embedding, pooled and hidden_states, with commas.", show_default="embedding"
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there: bundle, graphs or plans.")] = False,
     activation: Annotated[
         Activation | None, typer.Option(help="State the activation where the checkpoint does not.", show_default=False)
     ] = None,
@@ -45,49 +58,215 @@ def build(
     preprocess_dialect: Annotated[
         Dialect | None, typer.Option(help="Whose preprocessing to match.", show_default="the checkpoint's own")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compile plans with tensorrt, on the GPU they are for, or with tensorrt-rtx, anywhere.",
+            show_default="graphs alone",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="sm_NN",
+            help="The GPU to compile for, or portable (sm_80 and later). May be repeated.",
+            show_default="the GPU here",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="fp32, fp16, bf16 or fp16all. May be repeated.",
+            show_default="fp16 with an engine",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", help="Plans built at once, if memory allows.", rich_help_panel=_ENGINES)
+    ] = 1,
+    batch_profiles: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…",
+            help="Largest batch of each profile.",
+            show_default="1,8,64",
+            rich_help_panel=_PROFILES,
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Largest batch of the last profile.", show_default=False, rich_help_panel=_PROFILES
+        ),
+    ] = None,
+    sequence_profiles: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…",
+            help="Most tokens of each text profile.",
+            show_default="16 and the context",
+            rich_help_panel=_PROFILES,
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Pictures on which ranges are measured too. May be repeated.",
+            show_default=False,
+            rich_help_panel=_PROFILES,
+        ),
+    ] = None,
+    calibration_texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Texts for the same, one a line.", show_default=False, rich_help_panel=_PROFILES
+        ),
+    ] = None,
+    workspace_mib: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Scratch memory that kernels may use.", show_default=False, rich_help_panel=_COMPILER
+        ),
+    ] = None,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            metavar="0..5", help="How long to search for kernels.", show_default=False, rich_help_panel=_COMPILER
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where kernel timings are kept.",
+            show_default="beside the bundle",
+            rich_help_panel=_COMPILER,
+        ),
+    ] = None,
+    hardware_compatibility: Annotated[
+        bool,
+        typer.Option("--hardware-compatibility", help="Plans for every GPU from sm_80 on.", rich_help_panel=_COMPILER),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible", help="Plans that later TensorRT versions take too.", rich_help_panel=_COMPILER
+        ),
+    ] = False,
+    strip_weights: Annotated[
+        bool,
+        typer.Option(
+            "--strip-weights", help="Plans without weights, refitted when they are loaded.", rich_help_panel=_COMPILER
+        ),
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Plans whose weights can be replaced.", rich_help_panel=_COMPILER)
+    ] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow 10-bit mantissas in fp32 layers.", rich_help_panel=_COMPILER)
+    ] = False,
+    require_fused_attention: Annotated[
+        bool,
+        typer.Option(
+            "--require-fused-attention",
+            help="Fail, naming the layers, where attention is not one kernel.",
+            rich_help_panel=_COMPILER,
+        ),
+    ] = False,
 ) -> None:
-    """Turn a checkpoint into a bundle of engines.
+    """Turn a checkpoint into a bundle of engines, or add engines to a bundle.
 
-    They give the same embeddings as the original: the bundle is published only once its engines have replayed its
-    golden samples. Its path is printed on stdout.
+    They give the same embeddings as the original: a bundle is published only once its engines have replayed its golden
+    samples, and a precision that misses its accuracy contract not at all. Its path is printed on stdout.
     """
-    import clip_export
+    from clip_export import recipe
 
-    chosen = _towers(towers)
-    names = None if outputs is None else _names(outputs)
+    base = recipe.read_recipe(checkpoint) if checkpoint.endswith(".toml") else recipe.Recipe(checkpoint=checkpoint)
+    _make(dataclasses.replace(base, **_stated(context)), force=force)
+
+
+def _stated(context: typer.Context) -> dict[str, Any]:
+    """What stands on the command line, as fields of a recipe: it goes before what a recipe says."""
+    values = {
+        name: value
+        for name, value in context.params.items()
+        if name not in ("checkpoint", "force")
+        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    return {name: _PARSERS.get(name, _plain)(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text and lists as tuples, as a recipe holds them."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return os.fspath(value) if isinstance(value, Path) else value
+
+
+def _make(recipe: Recipe, *, force: bool) -> None:
+    from clip_export.recipe import make
+
     started = time.perf_counter()
     with Bar() as progress:
-        bundle = clip_export.build(
-            checkpoint,
-            output,
-            towers=chosen,
-            outputs=names,
-            force=force,
-            activation=activation,
-            tokenizer_dialect=tokenizer_dialect,
-            preprocess_dialect=preprocess_dialect,
-            progress=progress,
-        )
+        bundle = make(recipe, force=force, progress=progress)
     place = _shortest(bundle.path)
     total = size_text(sum(entry.size for entry in bundle.manifest.files.values()))
     say(f"built {' and '.join(bundle.manifest.spec.towers)} in {time.perf_counter() - started:.1f} s, {total}")
+    for line in _plan_lines(bundle):
+        say(line)
     say(f"next: clip-export verify {place}")
     typer.echo(place)
+
+
+def _plan_lines(bundle: Bundle) -> list[str]:
+    """A line for each plan that the bundle holds now."""
+    return [
+        f"  {plan.backend} {plan.version} {plan.compute_capability} {plan.precision} {plan.tower}: "
+        f"{size_text(bundle.manifest.files[plan.file].size)}, built in {plan.seconds:.1f} s, "
+        f"peak memory {plan.peak_memory_mib} MiB, {_ATTENTION[plan.attention]}"
+        for plan in bundle.manifest.plans
+    ]
+
+
+_ATTENTION = {
+    "operator": "attention fused",  # the operator has no decomposition: without a fused kernel the build fails
+    "inspector": "attention fused, says the engine's inspector",
+    None: "attention not known to be fused",
+}
 
 
 def _names(value: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
 
 
-def _towers(value: str | None) -> tuple[Tower, ...] | None:
-    if value is None:
-        return None
+def _numbers(value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        message = f"expected whole numbers with commas, as in 1,8,64, found {value!r}"
+        raise typer.BadParameter(message, param_hint="'--batch-profiles', '--sequence-profiles'") from error
+
+
+def _towers(value: str) -> tuple[Tower, ...]:
     names = _names(value)
     unknown = [name for name in names if name not in TOWERS]
     if unknown or not names:
         found = ", ".join(map(repr, unknown)) or "nothing"
         raise typer.BadParameter(f"expected {' or '.join(TOWERS)}, found {found}", param_hint="'--towers'")
     return cast("tuple[Tower, ...]", names)
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "towers": _towers,
+    "outputs": _names,
+    "batch_profiles": _numbers,
+    "sequence_profiles": _numbers,
+}
 
 
 def _shortest(path: Path) -> str:

@@ -17,6 +17,9 @@ _PURPOSE = {
     "export": "to build bundles from checkpoints",
     "cpu": "to run bundles on any CPU",
     "cuda": "to run bundles on an NVIDIA GPU, instead of cpu",
+    "tensorrt": "to build and run TensorRT plans, on the GPU that they are for",
+    "tensorrt-rtx": "to build TensorRT-RTX plans anywhere, and to run them",
+    "polygraphy": "to hand golden samples to NVIDIA's polygraphy",
     "parquet": "to write OUT.parquet",
 }
 

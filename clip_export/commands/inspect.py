@@ -14,6 +14,7 @@ from clip_export.spec import ModelSpec, PreprocessSpec, TokenizerSpec, Transform
 
 if TYPE_CHECKING:
     from clip_export.bundle import Bundle
+    from clip_export.plans import Plan
 
 
 def inspect(
@@ -35,6 +36,8 @@ def inspect(
     typer.echo(f"{opened.manifest.name}, bundle schema {opened.manifest.schema_version}")
     _section("towers", _spec_rows(opened.manifest.spec))
     _section("graphs", _graph_rows(opened))
+    if opened.manifest.plans:
+        _section("plans", _plan_rows(opened))
     _section("built from", _provenance_rows(opened))
     counts = ", ".join(f"{count} {kind}" for kind, count in golden.items() if count)
     _section("golden samples", [(counts,)])
@@ -111,6 +114,36 @@ def _graph_rows(bundle: Bundle) -> list[tuple[str, ...]]:
             names = (", ".join(graph.inputs), ", ".join(graph.outputs))
             rows.append((precision, tower, graph.file, size_text(size), str(graph.opset), *names))
     return list(rows)
+
+
+def _plan_rows(bundle: Bundle) -> list[tuple[str, ...]]:
+    rows = [("tower", "precision", "compiler", "gpu", "profiles", "attention", "built on", "GPU memory")]
+    for plan in bundle.manifest.plans:
+        compiler, gpu = f"{plan.backend} {plan.version}", plan.compute_capability
+        where = "no GPU" if plan.gpu is None else f"{plan.gpu}, driver {plan.driver}"
+        attention = "not known" if plan.attention is None else "fused"
+        shapes = (_batches(plan), attention, where, _memory(bundle, plan))
+        rows.append((plan.tower, plan.precision, compiler, gpu, *shapes))
+    return list(rows)
+
+
+def _batches(plan: Plan) -> str:
+    """The largest shape of each profile without the axes that never change: 1 x 16, 1 x 77, 8 x 16."""
+    inputs = [max(profile.values(), key=lambda shapes: len(shapes.max)) for profile in plan.profiles]
+    moving = [
+        axis
+        for axis in range(len(inputs[0].max))
+        if len({size for s in inputs for size in (s.min[axis], s.max[axis])}) > 1
+    ]
+    return ", ".join("x".join(str(shapes.max[axis]) for axis in moving or [0]) for shapes in inputs)
+
+
+def _memory(bundle: Bundle, plan: Plan) -> str:
+    """What loading it takes; a plan built without a GPU cannot say how much its activations add."""
+    memory = bundle.gpu_memory(plan)
+    if memory.activations is None:
+        return f"{size_text(memory.at_least)} and activations"
+    return size_text(memory.at_least)
 
 
 def _provenance_rows(bundle: Bundle) -> list[tuple[str, ...]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clip_export.commands._group import say
 from clip_export.commands._output import print_columns, print_json
 from clip_export.commands._progress import Bar
 
@@ -16,38 +17,70 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The directory of a bundle.", show_default=False)],
+    *,
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which backend runs it.", show_default="the best that works here")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda:0.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu or cuda:0.", show_default="what the backend runs on")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Verify this one alone.", show_default="every one there is")
+    ] = None,
+    polygraphy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write the samples as files for NVIDIA's polygraphy.", show_default=False
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Let a bundle prove itself on this machine.
 
     Replays its golden samples and compares with the reference's outputs. Token ids and pixels have to be equal,
-    embeddings to keep the accuracy contract; the exit code is 1 where they are not. Needs no torch.
+    embeddings to keep the accuracy contract; the exit code is 1 where they are not. A half precision that no GPU runs
+    here is simulated on the CPU, and said to be. Needs no torch.
     """
     import clip_export
 
     with Bar() as progress:
-        result = clip_export.verify(bundle, backend=backend, device=device, progress=progress)
+        result = clip_export.verify(bundle, backend=backend, device=device, precision=precision, progress=progress)
     if json:
         print_json(result.to_dict())
     else:
         _print(result)
+    if polygraphy is not None:
+        _write_polygraphy(bundle, polygraphy, precision)
     if not result.passed:
         raise typer.Exit(1)
 
 
+def _write_polygraphy(bundle: Path, directory: Path, precision: str | None) -> None:
+    from clip_export import Bundle
+    from clip_export.polygraphy_files import command_lines, write
+
+    opened = Bundle.open(bundle, check_files=False)
+    write(opened, directory, precision=precision or "fp32")
+    say(f"wrote samples for polygraphy to {directory}; compare with")
+    for line in command_lines(opened, directory, precision=precision or "fp32"):
+        say(f"  {line}")
+
+
 def _print(result: Verification) -> None:
-    typer.echo(f"{result.name} on {result.backend}, {result.device}")
+    engines = list(dict.fromkeys(row.engine for row in result.rows))
+    typer.echo(f"{result.name} on {'; '.join(engines)}")
     typer.echo()
-    table = [("tower", "output", "precision", "samples", "min cosine", "required", "mean cosine", "max abs", "")]
+    table: list[tuple[str, ...]] = [
+        ("tower", "output", "precision", "samples", "min cosine", "required", "mean cosine", "max abs", "")
+    ]
     for row in result.rows:
         cosines = (f"{row.min_cosine:.7f}", f"{row.required_cosine:.7g}", f"{row.mean_cosine:.7f}")
         verdict = "ok" if row.passed else "FAILED"
-        table.append((row.tower, row.output, row.precision, str(row.samples), *cosines, f"{row.max_abs:.1e}", verdict))
-    print_columns(table)
+        cells = [row.tower, row.output, row.precision, str(row.samples), *cosines, f"{row.max_abs:.1e}", verdict]
+        table.append(tuple([*cells, row.engine] if len(engines) > 1 else cells))
+    print_columns([(*row, *[""] * (max(map(len, table)) - len(row))) for row in table])
     typer.echo()
     typer.echo("token ids and pixels: equal")  # loading the bundle has compared them; one that differs is an error
+    for note in result.notes:
+        typer.echo(note)
     typer.echo("passed" if result.passed else "FAILED: below the contract")

@@ -1,0 +1,208 @@
+"""More in a bundle that is there: precision variants and compiled plans, from its own graphs alone. No torch.
+
+bundle -> ranges -> half graph -> contract -> plans -> the same bundle, published at once. A variant that misses the
+accuracy contract is not published, and no plan is built from it. What the bundle held before is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from clip_export import backends
+from clip_export.backends.building import Target
+from clip_export.bundle import Bundle, Graph, write_manifest
+from clip_export.compilation import Job, PlanOptions, compile_plans
+from clip_export.errors import InputError
+from clip_export.manifest import REPORT
+from clip_export.plans import NORMALIZED, Plan, plan_folder
+from clip_export.progress import Progress, silent
+from clip_export.publish import extended
+from clip_export.shapes import batch_bounds, profiles
+from clip_export.spec import Tower
+from clip_export.variants import PRECISIONS, make_variant
+from clip_export.verification import require_contract, verify
+
+# TensorRT-RTX has no fp32 matrix product for sm_75: "FP32 GEMM is not supported".
+_ALL_HALF = {("tensorrt-rtx", "sm_75", "fp16"): "fp16all"}
+
+
+def extend(
+    bundle: str | os.PathLike[str],
+    *,
+    precision: str = "fp16",
+    engine: str | None = None,
+    gpus: Sequence[str] = (),
+    towers: Sequence[Tower] | None = None,
+    options: PlanOptions | None = None,
+    calibration: Sequence[str | os.PathLike[str]] = (),
+    calibration_texts: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Bundle:
+    """Add `precision` graphs, and plans of `engine` compiled from them, to the bundle at `bundle`; returns it anew.
+
+    `precision` is fp32, fp16, bf16, or fp16all for chips without fp32 matrix products; `engine` is tensorrt or
+    tensorrt-rtx, None for the graphs alone; `gpus` are compute capabilities as in sm_89, or portable, by default the
+    GPU of this machine. `calibration` pictures and `calibration_texts`, a file with a text a line, are inputs on which
+    ranges are measured besides the golden samples. What is there already is kept, unless `force` makes it anew.
+
+    Raises InputError, BundleError, BackendError, PlanBuildError or ContractError. The bundle is then as it was.
+    """
+    options = options or PlanOptions()
+    targets = find_targets(engine, gpus, precision)
+    with extended(bundle) as (opened, staging):
+        staged = _Staged(opened, staging, progress)
+        variants = [_variant(target, precision) for target in targets] or [precision]
+        for name in dict.fromkeys(variants):
+            if name != "fp32" and (force or name not in staged.variants):
+                staged.add_variant(name, [Path(path) for path in calibration], calibration_texts)
+        for target in targets:
+            staged.add_plans(target, _variant(target, precision), _towers(opened, towers), options, force=force)
+    return Bundle.open(bundle, check_files=False)
+
+
+def find_targets(engine: str | None, gpus: Sequence[str], precision: str) -> list[Target]:
+    """What `extend` would build for. Raises, before minutes of work, what it would raise for that."""
+    if precision not in PRECISIONS:
+        raise InputError(f"there is no precision {precision!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
+    if engine is None:
+        if gpus:
+            raise InputError("a GPU was given, and no engine to build for it", hint="add --engine tensorrt-rtx")
+        return []
+    compiler = backends.compiler(engine)
+    named = [compiler.target(gpu) for gpu in dict.fromkeys(gpus)]
+    return named or [compiler.target(None)]
+
+
+def _variant(target: Target, precision: str) -> str:
+    """The graphs that a target takes for a precision that was asked for."""
+    return _ALL_HALF.get((target.backend, target.compute_capability, precision), precision)
+
+
+def _towers(bundle: Bundle, asked: Sequence[Tower] | None) -> tuple[Tower, ...]:
+    missing = set(asked or ()) - set(bundle.spec.towers)
+    if missing:
+        held = " and ".join(bundle.spec.towers)
+        raise InputError(f"{bundle.path} has no {' and '.join(sorted(missing))} tower, only {held}")
+    return tuple(tower for tower in bundle.spec.towers if asked is None or tower in asked)
+
+
+class _Staged:
+    """A bundle that is being extended: what it will hold, and the directory where that is put."""
+
+    def __init__(self, bundle: Bundle, staging: Path, progress: Progress) -> None:
+        self._bundle = bundle
+        self._directory = staging
+        self._progress = progress
+        self.variants: dict[str, dict[Tower, Graph]] = dict(bundle.manifest.variants)
+        self._plans = {plan.file: plan for plan in bundle.manifest.plans}
+        self._report = bundle.report()
+        self.write()
+
+    def add_variant(
+        self, precision: str, calibration: Sequence[Path], calibration_texts: str | os.PathLike[str] | None
+    ) -> None:
+        """Make the graphs of one precision. Raises ContractError where they are not close enough to fp32."""
+        for old in self._directory.glob(f"*.{precision}.onnx*"):
+            old.unlink()
+        self.variants[precision], kept = make_variant(
+            self._bundle,
+            self._directory,
+            precision,
+            calibration=calibration,
+            calibration_texts=None if calibration_texts is None else Path(calibration_texts),
+            progress=self._progress,
+        )
+        self.write()
+        found = verify(self._staged(), precision=precision, progress=self._progress)
+        require_contract(found)
+        measured = {"towers": kept, "agreement": found.to_dict()["rows"]}
+        self._report.setdefault("precisions", {})[precision] = measured
+
+    def add_plans(
+        self, target: Target, precision: str, towers: Sequence[Tower], options: PlanOptions, *, force: bool
+    ) -> None:
+        """Compile the graphs of one precision for one kind of GPU, and try the plans where that GPU is here."""
+        staged = self._staged()
+        wanted = _entries(staged, towers, target, precision, options)
+        jobs = [
+            Job(plan=plan, graph=staged.graph_path(plan.tower, precision))
+            for plan in wanted
+            if force or plan.file not in self._plans
+        ]
+        for job in jobs:
+            (self._directory / job.plan.file).unlink(missing_ok=True)
+        cache = self._bundle.path.with_name(f".{target.backend}-{target.version}-{target.compute_capability}.timing")
+        made = compile_plans(jobs, self._directory, options=options, cache=cache, progress=self._progress)
+        self._plans |= {plan.file: plan for plan in made}
+        self.write()
+        if made and target.gpu is not None:
+            backend = target.backend
+            require_contract(verify(self._staged(), backend=backend, precision=precision, progress=self._progress))
+
+    def write(self) -> None:
+        """The report and the manifest, which vouches for all that is there now."""
+        report = self._directory / REPORT
+        report.write_text(json.dumps(self._report, indent=2) + "\n", encoding="utf-8")
+        manifest = self._bundle.manifest
+        write_manifest(
+            self._directory,
+            name=manifest.name,
+            spec=manifest.spec,
+            provenance=manifest.provenance,
+            variants=self.variants,
+            plans=tuple(self._plans[file] for file in sorted(self._plans)),
+            known=self._bundle,
+        )
+
+    def _staged(self) -> Bundle:
+        return Bundle.open(self._directory, check_files=False)
+
+
+def _entries(
+    bundle: Bundle, towers: Sequence[Tower], target: Target, precision: str, options: PlanOptions
+) -> list[Plan]:
+    """The manifest's entries of plans that are still to be built; what only a build finds out is left empty.
+
+    Their folder is named after both towers, whichever are built: so they meet in it.
+    """
+    batches = batch_bounds(options.batches, options.max_batch)
+    graphs = {tower: bundle.graph(tower, precision) for tower in bundle.spec.towers}
+    shapes = {
+        tower: profiles(
+            bundle.spec, tower, sequence_dynamic=graph.sequence_dynamic, batches=batches, lengths=options.lengths
+        )
+        for tower, graph in graphs.items()
+    }
+    hashes = {tower: bundle.graph_sha256(tower, precision) for tower in graphs}
+    folder = plan_folder(
+        backend=target.backend,
+        version=target.version,
+        compute_capability=target.compute_capability,
+        precision=precision,
+        graphs=hashes,
+        profiles=shapes,
+        options=options.stated(),
+    )
+    return [
+        Plan(
+            file=f"{folder}/{tower}.plan",
+            tower=tower,
+            backend=target.backend,
+            version=target.version,
+            compute_capability=target.compute_capability,
+            precision=precision,
+            graph=graph.file,
+            graph_sha256=hashes[tower],
+            profiles=tuple(dict(profile) for profile in shapes[tower]),
+            outputs=(*graph.outputs, NORMALIZED) if "embedding" in graph.outputs else graph.outputs,
+            options=options.stated(),
+            seconds=0.0,
+            peak_memory_mib=0,
+        )
+        for tower, graph in graphs.items()
+        if tower in towers
+    ]

@@ -1,0 +1,165 @@
+"""Everything that `clip-export build` can be told, as one value: from the command line, or from a TOML file.
+
+    checkpoint = "openai/clip-vit-large-patch14"
+    engine = "tensorrt-rtx"
+    gpu = ["sm_89"]
+    batch-profiles = [1, 16]
+
+Keys are the options of the command, and paths are relative to the current directory, as they are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_export.bundle import Bundle
+from clip_export.compilation import PlanOptions
+from clip_export.errors import InputError, SpecError
+from clip_export.extension import extend, find_targets
+from clip_export.manifest import MANIFEST
+from clip_export.pipeline import build
+from clip_export.progress import Progress, silent
+from clip_export.spec import Activation, Dialect, Tower, from_dict
+
+DEFAULT_PRECISION = "fp16"  # of an engine; without one, a bundle has its fp32 graphs alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What to build. `checkpoint` is a checkpoint or a bundle; None leaves a thing as `build` and `extend` have it."""
+
+    checkpoint: str
+    output: str | None = None
+    towers: tuple[Tower, ...] | None = None
+    outputs: tuple[str, ...] | None = None
+    activation: Activation | None = None
+    tokenizer_dialect: Dialect | None = None
+    preprocess_dialect: Dialect | None = None
+    precision: tuple[str, ...] | None = None
+    engine: str | None = None
+    gpu: tuple[str, ...] | None = None
+    calibration: tuple[str, ...] | None = None
+    calibration_texts: str | None = None
+    batch_profiles: tuple[int, ...] | None = None
+    sequence_profiles: tuple[int, ...] | None = None
+    max_batch: int | None = None
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+    timing_cache: str | None = None
+    hardware_compatibility: bool = False
+    version_compatible: bool = False
+    strip_weights: bool = False
+    refit: bool = False
+    tf32: bool = False
+    require_fused_attention: bool = False
+    jobs: int = 1
+
+    def plan_options(self) -> PlanOptions:
+        """Those that plans are compiled with. Raises InputError for what cannot be."""
+        return PlanOptions(
+            batches=self.batch_profiles,
+            lengths=self.sequence_profiles,
+            max_batch=self.max_batch,
+            workspace_mib=self.workspace_mib,
+            optimization_level=self.optimization_level,
+            timing_cache=None if self.timing_cache is None else Path(self.timing_cache),
+            hardware_compatibility=self.hardware_compatibility,
+            version_compatible=self.version_compatible,
+            strip_weights=self.strip_weights,
+            refit=self.refit,
+            tf32=self.tf32,
+            require_fused_attention=self.require_fused_attention,
+            jobs=self.jobs,
+        )
+
+
+# What only an export from a checkpoint can do: a bundle has it settled.
+_OF_CHECKPOINTS = ("output", "outputs", "activation", "tokenizer_dialect", "preprocess_dialect")
+_OF_PLANS = tuple(field.name for field in dataclasses.fields(PlanOptions) if field.name not in ("batches", "lengths"))
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe in the TOML file at `path`. Raises InputError naming the file and the key."""
+    try:
+        plain: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a TOML file: {error}", hint="see engines/recipes for examples") from error
+    try:
+        return from_dict(Recipe, {key.replace("-", "_"): value for key, value in plain.items()}, where=str(path))
+    except SpecError as error:
+        raise InputError(error.message, hint="the keys are the options of clip-export build") from error
+
+
+def make(recipe: Recipe, *, force: bool = False, progress: Progress = silent) -> Bundle:
+    """Build what `recipe` says and return the bundle. Raises what `clip_export.build` and `clip_export.extend` raise.
+
+    Whether its engine can be built here is found out before anything else. A bundle that was built from a checkpoint
+    stays where it is when an engine cannot be added to it.
+    """
+    options = recipe.plan_options()
+    precisions = recipe.precision or ((DEFAULT_PRECISION,) if recipe.engine is not None else ())
+    _check_plan_options(recipe)
+    for precision in precisions or ("fp32",):
+        find_targets(recipe.engine, recipe.gpu or (), precision)
+    bundle = _bundle(recipe, force=force, progress=progress)
+    for precision in precisions:
+        if precision == "fp32" and recipe.engine is None:
+            continue
+        bundle = extend(
+            bundle.path,
+            precision=precision,
+            engine=recipe.engine,
+            gpus=recipe.gpu or (),
+            towers=recipe.towers,
+            options=options,
+            calibration=recipe.calibration or (),
+            calibration_texts=recipe.calibration_texts,
+            force=force,
+            progress=progress,
+        )
+    return bundle
+
+
+def _bundle(recipe: Recipe, *, force: bool, progress: Progress) -> Bundle:
+    if not recipe.checkpoint or not (Path(recipe.checkpoint) / MANIFEST).is_file():
+        return build(
+            recipe.checkpoint,
+            recipe.output,
+            towers=recipe.towers,
+            outputs=recipe.outputs,
+            force=force,
+            activation=recipe.activation,
+            tokenizer_dialect=recipe.tokenizer_dialect,
+            preprocess_dialect=recipe.preprocess_dialect,
+            progress=progress,
+        )
+    stated = [_flag(name) for name in _OF_CHECKPOINTS if getattr(recipe, name) is not None]
+    if stated:
+        message = f"{recipe.checkpoint} is a bundle, for which {', '.join(stated)} is settled"
+        raise InputError(message, hint="build again from its checkpoint, or leave that out")
+    if recipe.engine is None and recipe.precision is None:
+        message = f"{recipe.checkpoint} is a bundle already; there is nothing to add to it"
+        raise InputError(message, hint="say what: --precision fp16, or --engine tensorrt-rtx --gpu sm_89")
+    return Bundle.open(recipe.checkpoint, check_files=False)
+
+
+def _check_plan_options(recipe: Recipe) -> None:
+    if recipe.engine is not None:
+        return
+    default = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    names = ("gpu", "batch_profiles", "sequence_profiles", *_OF_PLANS)
+    stated = [_flag(name) for name in names if getattr(recipe, name) != default[name]]
+    if stated:
+        message = f"{', '.join(stated)} is about plans, and no engine to compile them is named"
+        raise InputError(message, hint="add --engine tensorrt or --engine tensorrt-rtx")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
