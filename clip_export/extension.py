@@ -106,10 +106,11 @@ class _Staged:
         self, precision: str, calibration: Sequence[Path], calibration_texts: str | os.PathLike[str] | None
     ) -> None:
         """Make the graphs of one precision. Raises ContractError where they are not close enough to fp32."""
+        source = self._staged()
         for old in self._directory.glob(f"*.{precision}.onnx*"):
             old.unlink()
         self.variants[precision], kept = make_variant(
-            self._bundle,
+            source,
             self._directory,
             precision,
             calibration=calibration,

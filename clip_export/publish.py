@@ -27,7 +27,7 @@ from clip_export.bundle import Bundle, hidden_beside, replace_refusal
 from clip_export.bundle_files import is_runtime_cache, listing
 from clip_export.errors import BundleBusyError, BundleError, BundleIntegrityError
 from clip_export.file_lock import acquire
-from clip_export.manifest import REBUILD, REPORT
+from clip_export.manifest import REBUILD, REPORT, is_graph_file
 
 __all__ = ["discard", "extended", "staged"]
 
@@ -64,10 +64,11 @@ def staged(target: str | os.PathLike[str], *, force: bool = False) -> Iterator[P
 def extended(target: str | os.PathLike[str]) -> Iterator[tuple[Bundle, Path]]:
     """The bundle at `target`, checked, and a staging directory with all its files, which replaces it in the end.
 
-    For adding to a bundle: every file but the manifest is there already, as a hard link (a copy where there are none,
-    and of report.json always, since that is rewritten). So a file in it is never opened for writing: `discard` removes
-    one that is to be made anew. write_manifest(staging, known=bundle) comes last in the block. If the block raises,
-    `target` is as it was, to the byte. Who reads the bundle meanwhile keeps what they have open.
+    For adding to a bundle: every file but the manifest is there already, as a hard link (a copy where there are none;
+    of report.json always, since that is rewritten, and of the weights beside a graph). So a file in it is never opened
+    for writing: `discard` removes one that is to be made anew. write_manifest(staging, known=bundle) comes last in the
+    block. If the block raises, `target` is as it was, to the byte. Who reads the bundle meanwhile keeps what they have
+    open.
 
     Raises BundleBusyError if another process builds or extends `target`, what Bundle.open raises for a bundle that is
     none or is damaged, and BundleError for what cannot be written.
@@ -127,8 +128,11 @@ def _swapped_in(target: Path, *, force: bool, elsewhere: str = _ELSEWHERE) -> It
 
 def _carry_over(bundle: Bundle, staging: Path) -> None:
     """All listed files, and the caches that running plans have left beside themselves."""
+    graphs = [graph.file for towers in bundle.manifest.variants.values() for graph in towers.values()]
     for name in bundle.manifest.files:
-        _link(bundle.path / name, staging / name, copy=name == REPORT)
+        # ONNX's own libraries refuse weights that have a second hard link, as a way to smuggle in another's file.
+        weights = any(is_graph_file(name, graph) and name != graph for graph in graphs)
+        _link(bundle.path / name, staging / name, copy=weights or name == REPORT)
     for name in listing(bundle.path):
         cache = bundle.path / name
         if is_runtime_cache(name) and name.endswith(".cache") and not cache.is_symlink() and cache.is_file():

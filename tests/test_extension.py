@@ -151,6 +151,18 @@ def test_calibration_inputs_are_measured_too(bundle: Path, tmp_path: Path) -> No
         clip_export.extend(bundle, calibration_texts=texts)
 
 
+def test_weights_beside_the_graph(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX's libraries refuse weights with a second hard link, so an extension must not leave one on them."""
+    monkeypatch.setattr("clip_export.graph.files.EXTERNAL_DATA_BYTES", 1000)
+    path = tmp_path / "large"
+    clip_export.build(tiny_checkpoint, path)
+    made = clip_export.extend(path, engine="tensorrt-rtx", gpus=["sm_86"], options=SMALL)
+    assert {"text.onnx.data", "text.fp16.onnx.data", "image.fp16.onnx.data"} <= made.manifest.files.keys()
+    clip_export.extend(path, precision="fp32", engine="tensorrt-rtx", gpus=["sm_86"], options=SMALL)
+    assert all(file.stat().st_nlink == 1 for file in path.rglob("*") if file.is_file())
+    assert clip_export.verify(path).passed
+
+
 # What is kept
 
 

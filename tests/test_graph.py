@@ -14,7 +14,7 @@ from specs_made import random_weights, replaced, tiny_spec
 
 from clip_export import backends
 from clip_export.errors import ExportError, UnsupportedModelError
-from clip_export.graph import export as export_module
+from clip_export.graph import files
 from clip_export.graph.export import GraphShape, example_feeds, export
 from clip_export.graph.proof import Case, cases, prove, relative_difference, run_tower
 from clip_export.spec import ModelSpec, Tower, weight_shapes
@@ -200,7 +200,7 @@ def test_export_checks_the_graph_that_it_made(tmp_path: Path) -> None:
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(files, "EXTERNAL_DATA_BYTES", 1000)
     module, shape = exported(tmp_path / "g.onnx", tiny_spec(), "image", fresh=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.onnx", "g.onnx.data"]
     moved = tmp_path / "moved"

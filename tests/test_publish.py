@@ -518,6 +518,7 @@ def test_what_is_there_is_linked_and_not_copied(tmp_path: Path) -> None:
     assert {name for name in between if between[name] == after[name]} == between.keys() - {
         "report.json",
         "manifest.json",
+        "image.fp16.onnx.data",  # weights with a second hard link are refused by ONNX's libraries
     }
     assert all((target / name).stat().st_nlink == 1 for name in after)
 

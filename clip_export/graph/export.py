@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_export.errors import ExportError
+from clip_export.graph.files import save
 from clip_export.graph.optimize import optimize
 from clip_export.spec import Shape, Tower
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 OPSET = 23  # the first with Attention as one operator
 INPUTS: dict[Tower, tuple[str, ...]] = {"text": ("input_ids", "eot_index"), "image": ("pixels",)}
-
-# Above this size weights go beside the graph: a protobuf ends at 2 GiB, and a file of its own can be mapped.
-EXTERNAL_DATA_BYTES = 64 * 2**20
 
 _OPERATORS = {
     *("Add", "Attention", "Cast", "Concat", "Conv", "Div", "Expand", "Gather", "GatherElements", "Gelu"),
@@ -67,21 +65,12 @@ def export(module: nn.Module, shape: GraphShape, path: Path) -> None:
 
     Raises ExportError where the graph is not the one that the architecture must give.
     """
-    import onnx
-    import onnx_ir
-
     model = _trace(module, shape)
     optimize(model, inputs=INPUTS[shape.tower], outputs=shape.outputs)
     model.graph.name = shape.tower
     model.producer_name, model.producer_version, model.doc_string = "clip-export", None, None
     _check(model, shape)
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    external = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
-    onnx_ir.save(model, path, external_data=external)
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"the {shape.tower} graph is not valid ONNX: {error}") from error
+    save(model, path)
 
 
 def example_feeds(
