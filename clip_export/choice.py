@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from clip_export import backends
 from clip_export.bundle import Bundle
-from clip_export.errors import BackendError, InputError, MissingDependencyError, NoPlanError
+from clip_export.errors import BackendError, NoPlanError
 from clip_export.plan_selection import Machine, explain
 from clip_export.plans import Plan
 from clip_export.spec import Tower
 
 GRAPHS = "onnxruntime"  # the backend that runs graphs; the others run plans
 FP32 = "fp32"
-_GPU = "cuda:0"
+GPU = "cuda:0"
 _CPU_BATCH = 32
 _RUNS_AT_ONCE = 4  # batches of a plan in one call, so that one is copied while another is computed
 
@@ -36,10 +37,8 @@ class Choice:
     @property
     def title(self) -> str:
         """As in "tensorrt-rtx 1.7.1.116, sm_89" or "onnxruntime, cpu"."""
-        if not self.plans:
-            return f"{self.backend}, {self.device}"
-        plan = next(iter(self.plans.values()))
-        return f"{plan.backend} {plan.version}, {plan.compute_capability}"
+        named = [f"{plan.backend} {plan.version}, {plan.compute_capability}" for plan in self.plans.values()]
+        return " and ".join(dict.fromkeys(named)) or f"{self.backend}, {self.device}"
 
 
 def choose(
@@ -48,41 +47,43 @@ def choose(
     backend: str | None = None,
     device: str | None = None,
     precision: str | None = None,
-    fallback: str | None = None,
+    host_code: bool = False,
 ) -> Choice:
-    """What runs `bundle` here. See `clip_export.load` for the arguments and errors."""
-    if fallback not in (None, GRAPHS):
-        raise InputError(f"expected fallback {GRAPHS} or none, found {fallback!r}")
+    """What runs `bundle` here. See `clip_export.load`; `host_code` lets plans be chosen that carry code."""
     if backend is None:
-        return best_plans(bundle, device, precision) or _graphs(bundle, backends.choose(GRAPHS), device, precision)
-    if backend not in backends.COMPILERS:
-        return _graphs(bundle, backends.choose(backend), device, precision)
-    try:
-        return _plans(bundle, backend, device or _GPU, precision)
-    except (BackendError, MissingDependencyError) as error:
-        if fallback is None:
-            raise
-        warnings.warn(f"running on {fallback} instead of {backend}: {error.message}", stacklevel=3)
-        return _graphs(bundle, backends.choose(fallback), None, None)
+        best = best_plans(bundle, device, precision, host_code=host_code)
+        return best or _graphs(bundle, backends.choose(GRAPHS), device, precision)
+    if backend in backends.COMPILERS:
+        return _plans(bundle, backend, device or GPU, precision, host_code)
+    return _graphs(bundle, backends.choose(backend), device, precision)
 
 
-def best_plans(bundle: Bundle, device: str | None = None, precision: str | None = None) -> Choice | None:
+def best_plans(
+    bundle: Bundle, device: str | None = None, precision: str | None = None, *, host_code: bool = False
+) -> Choice | None:
     """The plans of the first compiler that works here and has some that fit; None where there are none.
 
-    That a compiler works and the bundle's plans for it do not fit is a warning, which says why.
+    Where a GPU is here and the bundle has plans, but none can be run, a warning says why.
     """
     held = {plan.backend for plan in bundle.manifest.plans}
+    reasons = []
     for name in backends.COMPILERS:
-        if name not in held or device == "cpu" or not backends.status(name).works:
+        if name not in held or device == "cpu":
+            continue
+        status = backends.status(name)
+        if not status.works:
+            reasons.append(f"{name}: {status.reason}")
             continue
         try:
-            return _plans(bundle, name, device or _GPU, precision)
+            return _plans(bundle, name, device or GPU, precision, host_code)
         except NoPlanError as error:
-            warnings.warn(f"running on {GRAPHS}: {error}", stacklevel=3)
+            reasons.append(str(error))
+    if reasons and backends.has_driver():
+        warnings.warn(f"no plan runs here, but {GRAPHS}: {'; '.join(reasons)}", stacklevel=3)
     return None
 
 
-def _plans(bundle: Bundle, backend: str, device: str, precision: str | None) -> Choice:
+def _plans(bundle: Bundle, backend: str, device: str, precision: str | None, host_code: bool) -> Choice:
     version = backends.compiler(backend).version()
     gpu = backends.gpu(device)
     machine = Machine(
@@ -90,17 +91,23 @@ def _plans(bundle: Bundle, backend: str, device: str, precision: str | None) -> 
         version=version,
         compute_capability=gpu.compute_capability,
         free_bytes=gpu.free_bytes,
+        host_code=host_code,
     )
     selection = bundle.select_plans(machine, precision=precision)
-    chosen = selection.chosen
-    if not chosen:
+    if not selection.chosen:
         raise explain(selection, bundle=os.fspath(bundle.path))
-    largest = max(shapes.max[0] for plan in chosen.values() for profile in plan.profiles for shapes in profile.values())
+    return of_plans(selection.chosen, device)
+
+
+def of_plans(plans: Mapping[Tower, Plan], device: str = GPU) -> Choice:
+    """Exactly these plans, all of one compiler and precision, whether they fit or not."""
+    first = next(iter(plans.values()))
+    largest = max(shapes.max[0] for plan in plans.values() for profile in plan.profiles for shapes in profile.values())
     return Choice(
-        backend=backend,
+        backend=first.backend,
         device=device,
-        precision=next(iter(chosen.values())).precision,
-        plans=chosen,
+        precision=first.precision,
+        plans=dict(plans),
         batch_size=_RUNS_AT_ONCE * largest,
     )
 

@@ -11,9 +11,9 @@ import dataclasses
 import shutil
 import tempfile
 import threading
-import uuid
+import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from clip_export.backends.building import BuildReport, BuildRequest
 from clip_export.errors import InputError, UnsupportedOperatorError
 from clip_export.plans import AMPERE_PLUS, Plan
 from clip_export.progress import Progress
+from clip_export.publish import discard
 from clip_export.shapes import batch_bounds
 
 # Peak memory of a build over the size of its graph, rounded up from what docs/benchmarks.md has.
@@ -65,7 +66,9 @@ class PlanOptions:
         """What a plan depends on besides its graph and profiles, as the manifest has it: only what is not default."""
         names = ("workspace_mib", "optimization_level", "version_compatible")
         values = {name: getattr(self, name) for name in (*names, "strip_weights", "refit", "tf32")}
-        stated = {name: str(value).lower() for name, value in values.items() if value not in (None, False)}
+        stated = {
+            name: str(value).lower() for name, value in values.items() if value is not None and value is not False
+        }
         return stated | ({"hardware_compatibility": AMPERE_PLUS} if self.hardware_compatibility else {})
 
 
@@ -118,7 +121,10 @@ class _Build:
 
     def _compile(self, *, primitive: bool, step: Progress) -> Plan:
         options, plan = self._options, self._job.plan
-        graph = _prepared(self._job.graph, self._work / f"{uuid.uuid4().hex}.onnx", primitive=primitive)
+        from clip_export.graph.primitives import prepare
+
+        folder = Path(tempfile.mkdtemp(dir=self._work))
+        graph = prepare(self._job.graph, folder / self._job.graph.name, primitive=primitive)
         path = self._directory / plan.file
         path.parent.mkdir(parents=True, exist_ok=True)
         request = BuildRequest(
@@ -137,22 +143,11 @@ class _Build:
             require_fused_attention=options.require_fused_attention,
         )
         report = backends.compiler(plan.backend).build_plan(request, progress=step)
+        shutil.rmtree(folder)
+        for warning in report.warnings:
+            warnings.warn(f"{plan.tower} plan for {plan.compute_capability}: {warning}", stacklevel=2)
         form = {"attention": "primitive" if primitive else "operator"}
         return _described(dataclasses.replace(plan, options=plan.options | form), report, self._directory)
-
-
-def _prepared(source: Path, target: Path, *, primitive: bool) -> Path:
-    import onnx_ir
-
-    from clip_export.graph.files import save
-    from clip_export.graph.primitives import add_normalized, decompose_attention
-
-    model = onnx_ir.load(source)
-    if primitive:
-        decompose_attention(model)
-    add_normalized(model)
-    save(model, target)
-    return target
 
 
 def _described(plan: Plan, report: BuildReport, directory: Path) -> Plan:
@@ -160,7 +155,7 @@ def _described(plan: Plan, report: BuildReport, directory: Path) -> Plan:
     inspector = None
     if report.inspector is not None:
         inspector = plan.file.removesuffix(".plan") + ".layers.json"
-        (directory / inspector).unlink(missing_ok=True)  # it may be shared with the bundle that is being extended
+        discard(directory, inspector)
         (directory / inspector).write_text(report.inspector, encoding="utf-8")
     return dataclasses.replace(
         plan,
@@ -187,7 +182,9 @@ def _side_by_side(builds: Sequence[_Build], workers: int, progress: Progress) ->
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(build, watched) for build in builds]
         try:
-            return [future.result() for future in futures]
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in finished if future.exception() is not None]
+            return [future.result() for future in failed or futures]
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

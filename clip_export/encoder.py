@@ -45,7 +45,7 @@ class Encoder:
     [batch, 3, height, width]. `trim` says that a text batch may be cut after its longest end token, which changes
     nothing for a causal tower and saves most of the work on captions; `trim_step` that the length left is a multiple of
     it, so that an engine which prepares for each shape meets few of them. `on_device` are the towers whose engines can
-    leave embeddings on a GPU.
+    leave embeddings on a GPU. `engine` says what runs it, as in "onnxruntime, cpu".
     """
 
     def __init__(
@@ -61,11 +61,13 @@ class Encoder:
         trim_step: int = 1,
         batch_size: int = DEFAULT_BATCH_SIZE,
         close: Callable[[], None] | None = None,
+        engine: str = "",
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"expected a batch size of at least 1, found {batch_size!r}", hint="32 is the default")
         self.spec = spec
         self.batch_size = batch_size
+        self.engine = engine
         self._run: dict[Tower, Run | None] = {"text": run_text, "image": run_image}
         self._on_device = on_device or {}
         self._tokenizer = tokenizer
@@ -172,8 +174,11 @@ class Encoder:
         there = _is_on_gpu(pixels)
         if not there and not device_output:
             return self._embedding("image", self.pixel_outputs(pixels), normalize)
-        left = self._left_on_device("image", {"pixels": pixels if there else self._checked_pixels(pixels)}, normalize)
-        return left if device_output else left.numpy()
+        feeds = {"pixels": pixels if there else self._checked_pixels(pixels)}
+        if device_output:
+            return self._left_on_device("image", feeds, normalize)
+        embedding = self._left_on_device("image", feeds, False).numpy()
+        return _normalized(embedding) if normalize else embedding
 
     def similarity(self, images: Sequence[ImageInput], texts: Sequence[str]) -> Floats:
         """exp(logit_scale) * cosine (+ logit_bias), float32 [n_images, n_texts]: CLIP's logits per image."""

@@ -6,31 +6,34 @@ accuracy contract is not published, and no plan is built from it. What the bundl
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clip_export import backends
-from clip_export.backends.building import Target
+from clip_export.backends.building import EngineOptions, Target
 from clip_export.bundle import Bundle, Graph, write_manifest
+from clip_export.choice import of_plans
 from clip_export.compilation import Job, PlanOptions, compile_plans
-from clip_export.errors import InputError
+from clip_export.errors import InputError, MissingDependencyError
 from clip_export.manifest import REPORT
 from clip_export.plans import NORMALIZED, Plan, plan_folder
 from clip_export.progress import Progress, silent
-from clip_export.publish import extended
+from clip_export.publish import discard, extended
 from clip_export.shapes import batch_bounds, profiles
 from clip_export.spec import Tower
 from clip_export.variants import PRECISIONS, make_variant
-from clip_export.verification import require_contract, verify
+from clip_export.verification import require_contract, verify, verify_choice
 
 # TensorRT-RTX has no fp32 matrix product for sm_75: "FP32 GEMM is not supported".
 _ALL_HALF = {("tensorrt-rtx", "sm_75", "fp16"): "fp16all"}
 
 
 def extend(
-    bundle: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | Bundle,
     *,
     precision: str = "fp16",
     engine: str | None = None,
@@ -52,29 +55,56 @@ def extend(
     Raises InputError, BundleError, BackendError, PlanBuildError or ContractError. The bundle is then as it was.
     """
     options = options or PlanOptions()
-    targets = find_targets(engine, gpus, precision)
-    with extended(bundle) as (opened, staging):
+    path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
+    targets = find_targets(engine, gpus, precision, options)
+    inputs = _Calibration([Path(picture) for picture in calibration], _path(calibration_texts))
+    with extended(path) as (opened, staging):
         staged = _Staged(opened, staging, progress)
-        variants = [_variant(target, precision) for target in targets] or [precision]
-        for name in dict.fromkeys(variants):
-            if name != "fp32" and (force or name not in staged.variants):
-                staged.add_variant(name, [Path(path) for path in calibration], calibration_texts)
+        variants = dict.fromkeys([_variant(target, precision) for target in targets] or [precision])
+        new = [name for name in variants if name != "fp32" and (force or name not in staged.variants)]
+        if not new and inputs:
+            hint = "make the graphs anew with --force, or leave the calibration out"
+            raise InputError(
+                f"{', '.join(variants)} graphs are there already, and nothing is to be measured", hint=hint
+            )
+        for name in new:
+            staged.add_variant(name, inputs)
         for target in targets:
             staged.add_plans(target, _variant(target, precision), _towers(opened, towers), options, force=force)
-    return Bundle.open(bundle, check_files=False)
+    return Bundle.open(path, check_files=False)
 
 
-def find_targets(engine: str | None, gpus: Sequence[str], precision: str) -> list[Target]:
+def find_targets(engine: str | None, gpus: Sequence[str], precision: str, options: PlanOptions) -> list[Target]:
     """What `extend` would build for. Raises, before minutes of work, what it would raise for that."""
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
+    if engine is None and gpus:
+        raise InputError("a GPU was given, and no engine to build for it", hint="add --engine tensorrt-rtx")
+    _require_onnx()
     if engine is None:
-        if gpus:
-            raise InputError("a GPU was given, and no engine to build for it", hint="add --engine tensorrt-rtx")
         return []
+    if engine == "tensorrt-rtx" and options.hardware_compatibility:
+        message = "tensorrt-rtx has no hardware compatibility to ask for"
+        raise InputError(message, hint="--gpu portable builds one plan for sm_80 and later")
     compiler = backends.compiler(engine)
-    named = [compiler.target(gpu) for gpu in dict.fromkeys(gpus)]
-    return named or [compiler.target(None)]
+    found = [compiler.target(gpu) for gpu in dict.fromkeys(gpus)] or [compiler.target(None)]
+    for target in found:
+        turing = target.backend == "tensorrt-rtx" and target.compute_capability == "sm_75"
+        if turing and _variant(target, precision) != "fp16all":
+            message = f"tensorrt-rtx multiplies in fp16 alone on sm_75, and {precision} was asked for"
+            raise InputError(message, hint="build fp16 for that GPU")
+    return found
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnx_ir", "ml_dtypes") if importlib.util.find_spec(name) is None]
+    if missing:
+        message = f"changing graphs needs {', '.join(missing)}, not installed here"
+        raise MissingDependencyError(message, hint="pip install 'clip-export[tensorrt-rtx]', or onnx onnx-ir ml-dtypes")
+
+
+def _path(path: str | os.PathLike[str] | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _variant(target: Target, precision: str) -> str:
@@ -90,6 +120,17 @@ def _towers(bundle: Bundle, asked: Sequence[Tower] | None) -> tuple[Tower, ...]:
     return tuple(tower for tower in bundle.spec.towers if asked is None or tower in asked)
 
 
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """Inputs on which ranges are measured besides the golden samples; false if there are none."""
+
+    pictures: Sequence[Path]
+    texts: Path | None
+
+    def __bool__(self) -> bool:
+        return bool(self.pictures) or self.texts is not None
+
+
 class _Staged:
     """A bundle that is being extended: what it will hold, and the directory where that is put."""
 
@@ -102,26 +143,25 @@ class _Staged:
         self._report = bundle.report()
         self.write()
 
-    def add_variant(
-        self, precision: str, calibration: Sequence[Path], calibration_texts: str | os.PathLike[str] | None
-    ) -> None:
+    def add_variant(self, precision: str, inputs: _Calibration) -> None:
         """Make the graphs of one precision. Raises ContractError where they are not close enough to fp32."""
         source = self._staged()
         for old in self._directory.glob(f"*.{precision}.onnx*"):
-            old.unlink()
+            discard(self._directory, old.name)
         self.variants[precision], kept = make_variant(
             source,
             self._directory,
             precision,
-            calibration=calibration,
-            calibration_texts=None if calibration_texts is None else Path(calibration_texts),
+            calibration=inputs.pictures,
+            calibration_texts=inputs.texts,
             progress=self._progress,
         )
         self.write()
-        found = verify(self._staged(), precision=precision, progress=self._progress)
+        found = verify(self._staged(), device="cpu", precision=precision, progress=self._progress)
         require_contract(found)
         measured = {"towers": kept, "agreement": found.to_dict()["rows"]}
         self._report.setdefault("precisions", {})[precision] = measured
+        self.write()
 
     def add_plans(
         self, target: Target, precision: str, towers: Sequence[Tower], options: PlanOptions, *, force: bool
@@ -132,17 +172,23 @@ class _Staged:
         jobs = [
             Job(plan=plan, graph=staged.graph_path(plan.tower, precision))
             for plan in wanted
-            if force or plan.file not in self._plans
+            if force or not self._serves(plan.file, options)
         ]
         for job in jobs:
-            (self._directory / job.plan.file).unlink(missing_ok=True)
+            discard(self._directory, job.plan.file)
         cache = self._bundle.path.with_name(f".{target.backend}-{target.version}-{target.compute_capability}.timing")
         made = compile_plans(jobs, self._directory, options=options, cache=cache, progress=self._progress)
         self._plans |= {plan.file: plan for plan in made}
         self.write()
         if made and target.gpu is not None:
-            backend = target.backend
-            require_contract(verify(self._staged(), backend=backend, precision=precision, progress=self._progress))
+            choice = of_plans({plan.tower: plan for plan in made})
+            own = EngineOptions(allow_host_code=True)  # it was built here, this minute
+            require_contract(verify_choice(self._staged(), choice, options=own, progress=self._progress))
+
+    def _serves(self, file: str, options: PlanOptions) -> bool:
+        """Whether the plan is there already, with all that is asked of it."""
+        plan = self._plans.get(file)
+        return plan is not None and (plan.attention is not None or not options.require_fused_attention)
 
     def write(self) -> None:
         """The report and the manifest, which vouches for all that is there now."""

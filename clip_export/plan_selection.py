@@ -24,18 +24,24 @@ __all__ = ["PREFERENCE", "Machine", "Selection", "explain", "select"]
 PREFERENCE = ("fp16", "fp16all", "bf16", "fp32")
 _SERVES = {"fp16": ("fp16", "fp16all")}  # asked for -> what may be given
 
+# What TensorRT-RTX 1.7 can be asked to build for; for any other GPU a portable plan is worth a try.
+_RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 _AMPERE = 80  # sm_80: portable plans of TensorRT-RTX and the level AMPERE_PLUS both begin there
 _SHOWN = 20  # lines of an error message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a plan has to fit: the backend and the version of its library here, this GPU, its free bytes if known."""
+    """What a plan has to fit: the backend and the version of its library here, this GPU, its free bytes if known.
+
+    `host_code` says that plans may be taken which carry code for this machine.
+    """
 
     backend: str
     version: str
     compute_capability: str
     free_bytes: int | None = None
+    host_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,8 @@ def explain(selection: Selection, *, bundle: str = "BUNDLE") -> NoPlanError:
         message = "\n".join([f"no plan of the bundle fits {place}, for {towers}:", *lines])
     else:
         message = f"the bundle holds no plan for {towers}; {place} needs one"
-    gpu = f" --gpu {machine.compute_capability}" if machine.backend == "tensorrt-rtx" else ""
+    target = machine.compute_capability if machine.compute_capability in _RTX_TARGETS else PORTABLE
+    gpu = f" --gpu {target}" if machine.backend == "tensorrt-rtx" else ""
     precision = selection.precision or PREFERENCE[0]
     command = f"clip-export build {shlex.quote(bundle)} --engine {machine.backend}{gpu} --precision {precision}"
     return NoPlanError(message, hint=f"build one with: {command}")
@@ -109,6 +116,8 @@ def _misfits(
         yield f"its precision {plan.precision} is taken only where it is asked for"
     yield from _version_misfit(plan, machine)
     yield from _gpu_misfit(plan, machine)
+    if "version_compatible" in plan.options and not machine.host_code:
+        yield "version compatible, so it carries code, and EngineOptions(allow_host_code=True) was not given"
     if graphs.get(plan.graph) != plan.graph_sha256:
         yield f"compiled from an earlier {plan.graph}, which has changed since"
     size = sizes.get(plan.file)

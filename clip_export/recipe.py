@@ -19,7 +19,7 @@ from typing import Any
 
 from clip_export.bundle import Bundle
 from clip_export.compilation import PlanOptions
-from clip_export.errors import InputError, SpecError
+from clip_export.errors import ClipExportError, InputError, SpecError
 from clip_export.extension import extend, find_targets
 from clip_export.manifest import MANIFEST
 from clip_export.pipeline import build
@@ -105,30 +105,47 @@ def make(recipe: Recipe, *, force: bool = False, progress: Progress = silent) ->
     """
     options = recipe.plan_options()
     precisions = recipe.precision or ((DEFAULT_PRECISION,) if recipe.engine is not None else ())
-    _check_plan_options(recipe)
-    for precision in precisions or ("fp32",):
-        find_targets(recipe.engine, recipe.gpu or (), precision)
-    bundle = _bundle(recipe, force=force, progress=progress)
+    _check_stated(recipe)
     for precision in precisions:
-        if precision == "fp32" and recipe.engine is None:
-            continue
-        bundle = extend(
-            bundle.path,
-            precision=precision,
-            engine=recipe.engine,
-            gpus=recipe.gpu or (),
-            towers=recipe.towers,
-            options=options,
-            calibration=recipe.calibration or (),
-            calibration_texts=recipe.calibration_texts,
-            force=force,
-            progress=progress,
-        )
+        find_targets(recipe.engine, recipe.gpu or (), precision, options)
+    bundle = _bundle(recipe, force=force, progress=progress)
+    try:
+        for precision in precisions:
+            bundle = _extended(bundle, recipe, precision, options, force=force, progress=progress)
+    except ClipExportError as error:
+        if not is_bundle(recipe.checkpoint):
+            there = f"{bundle.path} is built and keeps its fp32 graphs: name it in place of the checkpoint next time"
+            error.hint = there if error.hint is None else f"{error.hint}; {there}"
+        raise
     return bundle
 
 
+def _extended(
+    bundle: Bundle, recipe: Recipe, precision: str, options: PlanOptions, *, force: bool, progress: Progress
+) -> Bundle:
+    if precision == "fp32" and recipe.engine is None:
+        return bundle
+    return extend(
+        bundle,
+        precision=precision,
+        engine=recipe.engine,
+        gpus=recipe.gpu or (),
+        towers=recipe.towers,
+        options=options,
+        calibration=recipe.calibration or (),
+        calibration_texts=recipe.calibration_texts,
+        force=force,
+        progress=progress,
+    )
+
+
+def is_bundle(checkpoint: str) -> bool:
+    """Whether what was named as a checkpoint is a bundle, to which engines are added."""
+    return checkpoint != "" and (Path(checkpoint) / MANIFEST).is_file()
+
+
 def _bundle(recipe: Recipe, *, force: bool, progress: Progress) -> Bundle:
-    if not recipe.checkpoint or not (Path(recipe.checkpoint) / MANIFEST).is_file():
+    if not is_bundle(recipe.checkpoint):
         return build(
             recipe.checkpoint,
             recipe.output,
@@ -150,15 +167,16 @@ def _bundle(recipe: Recipe, *, force: bool, progress: Progress) -> Bundle:
     return Bundle.open(recipe.checkpoint, check_files=False)
 
 
-def _check_plan_options(recipe: Recipe) -> None:
-    if recipe.engine is not None:
-        return
+def _check_stated(recipe: Recipe) -> None:
+    """Raise InputError for options that nothing would come of."""
     default = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    names = ("gpu", "batch_profiles", "sequence_profiles", *_OF_PLANS)
-    stated = [_flag(name) for name in names if getattr(recipe, name) != default[name]]
+    ignored = [] if recipe.engine is not None else ["gpu", "batch_profiles", "sequence_profiles", *_OF_PLANS]
+    stated = [_flag(name) for name in ignored if getattr(recipe, name) != default[name]]
     if stated:
         message = f"{', '.join(stated)} is about plans, and no engine to compile them is named"
         raise InputError(message, hint="add --engine tensorrt or --engine tensorrt-rtx")
+    if (recipe.calibration or recipe.calibration_texts) and not recipe.precision and recipe.engine is None:
+        raise InputError("calibration measures ranges for a precision, and none is named", hint="add --precision fp16")
 
 
 def _flag(name: str) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,11 +17,12 @@ import numpy as np
 from clip_export import backends
 from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
-from clip_export.choice import Choice, choose
+from clip_export.choice import GRAPHS, Choice, choose
 from clip_export.encoder import Encoder, OnDevice
-from clip_export.errors import BundleError, BundleIntegrityError, InputError
+from clip_export.errors import BackendError, BundleError, BundleIntegrityError, InputError, MissingDependencyError
 from clip_export.golden import Golden
 from clip_export.manifest import REBUILD
+from clip_export.plans import Plan
 from clip_export.preprocess import Preprocessor, preprocess_versions
 from clip_export.spec import ModelSpec, Tower
 from clip_export.tokenizer import Tokenizer, dialect_versions
@@ -36,7 +41,7 @@ def load(
     threads: int | None = None,
     check_files: bool = True,
     batch_size: int | None = None,
-    options: Any = None,
+    options: EngineOptions | Mapping[str, Any] | None = None,
 ) -> Encoder:
     """Open the bundle at `path` and its engines.
 
@@ -55,15 +60,33 @@ def load(
         raise InputError(
             f"expected threads from 1 to {MAX_THREADS}, found {threads!r}", hint="leave it out for all cores"
         )
+    if fallback not in (None, GRAPHS):
+        raise InputError(f"expected fallback {GRAPHS} or none, found {fallback!r}")
     bundle = path if isinstance(path, Bundle) else Bundle.open(path, check_files=check_files)
-    choice = choose(bundle, backend=backend, device=device, precision=precision, fallback=fallback)
-    return open_choice(bundle, choice, threads=threads, options=options, batch_size=batch_size)
+    host_code = isinstance(options, EngineOptions) and options.allow_host_code
+    try:
+        choice = choose(bundle, backend=backend, device=device, precision=precision, host_code=host_code)
+        return open_choice(bundle, choice, threads=threads, options=options, batch_size=batch_size)
+    except (BackendError, MissingDependencyError) as error:
+        if fallback is None or backend == fallback:
+            raise
+        warnings.warn(f"running on {fallback} instead of {backend or 'a plan'}: {error.message}", stacklevel=2)
+    return open_choice(bundle, choose(bundle, backend=fallback), threads=threads, batch_size=batch_size)
 
 
 def open_choice(
-    bundle: Bundle, choice: Choice, *, threads: int | None = None, options: Any = None, batch_size: int | None = None
+    bundle: Bundle,
+    choice: Choice,
+    *,
+    threads: int | None = None,
+    options: EngineOptions | Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
 ) -> Encoder:
     """The Encoder of `bundle` over the engines of `choice`. Raises as `load` does."""
+    wanted = EngineOptions if choice.plans else Mapping
+    if options is not None and not isinstance(options, wanted):
+        hint = "plans take clip_export.EngineOptions, onnxruntime a mapping such as {'tf32': True}; name the backend"
+        raise InputError(f"{choice.backend} cannot be given {type(options).__name__} as options", hint=hint)
     size = choice.batch_size if batch_size is None else batch_size
     return assemble(bundle, choice, partial(_open, bundle, choice, threads, options), batch_size=size)
 
@@ -81,7 +104,7 @@ def assemble(
             engine.close()
 
     try:
-        for tower in bundle.spec.towers:
+        for tower in choice.plans or bundle.spec.towers:
             engines[tower] = open_tower(tower)
             _check_outputs(bundle, tower, choice.precision, engines[tower])
         return Encoder(
@@ -95,6 +118,7 @@ def assemble(
             trim_step=TRIM_STEP if choice.plans else 1,
             batch_size=batch_size,
             close=close,
+            engine=choice.title,
         )
     except BaseException:
         close()
@@ -103,17 +127,35 @@ def assemble(
 
 def _open(bundle: Bundle, choice: Choice, threads: int | None, options: Any, tower: Tower) -> backends.Engine:
     plan = choice.plans.get(tower)
-    if plan is None:
-        path = bundle.graph_path(tower, choice.precision)
-        options = None if isinstance(options, EngineOptions) else options  # after a fallback they are another's
-        return backends.open_engine(choice.backend, path, device=choice.device, threads=threads, options=options)
+    if plan is not None:
+        return _open_plan(bundle, choice.device, plan, options or EngineOptions())
+    path = bundle.graph_path(tower, choice.precision)
+    return backends.open_engine(choice.backend, path, device=choice.device, threads=threads, options=options)
+
+
+def _open_plan(bundle: Bundle, device: str, plan: Plan, options: EngineOptions) -> backends.Engine:
     path = bundle.plan_path(plan)
+    outputs = bundle.graph(plan.tower, plan.precision).outputs
     # Beside the plan and hidden, so that it is no file of the bundle: what this GPU has compiled serves the next start.
-    cache = path.with_name(f".runtime-{tower}.cache")
-    graph = bundle.graph_path(tower, choice.precision) if plan.needs_graph else None
-    options = dataclasses.replace(options or EngineOptions(), runtime_cache=cache, refit_from=graph)
-    outputs = bundle.graph(tower, choice.precision).outputs
-    return backends.open_engine(choice.backend, path, device=choice.device, outputs=outputs, options=options)
+    cache = options.runtime_cache or path.with_name(f".runtime-{plan.tower}.cache")
+    options = dataclasses.replace(options, runtime_cache=cache)
+    if not plan.needs_graph or options.refit_from is not None:
+        return backends.open_engine(plan.backend, path, device=device, outputs=outputs, options=options)
+    with tempfile.TemporaryDirectory(prefix="clip-export-") as work:  # its weights have the names of what was compiled
+        options = dataclasses.replace(options, refit_from=_prepared(bundle, plan, Path(work)))
+        return backends.open_engine(plan.backend, path, device=device, outputs=outputs, options=options)
+
+
+def _prepared(bundle: Bundle, plan: Plan, work: Path) -> Path:
+    """The graph as it was compiled: the bundle's, with what the compiler's own form of it adds."""
+    missing = [name for name in ("onnx", "onnx_ir") if importlib.util.find_spec(name) is None]
+    if missing:
+        message = f"{plan.file} has no weights, and taking those of its graph needs {' and '.join(missing)}"
+        raise MissingDependencyError(message, hint="pip install onnx onnx-ir")
+    from clip_export.graph.primitives import prepare
+
+    graph = bundle.graph_path(plan.tower, plan.precision)
+    return prepare(graph, work / graph.name, primitive=plan.options.get("attention") == "primitive")
 
 
 def _on_device(choice: Choice, engines: Mapping[Tower, backends.Engine]) -> dict[Tower, OnDevice]:

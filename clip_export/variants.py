@@ -96,8 +96,11 @@ def _golden_feeds(bundle: Bundle, tower: Tower) -> Iterator[Feeds]:
 def _text_feeds(bundle: Bundle, path: Path) -> Iterator[Feeds]:
     tokenizer, _ = front(bundle.spec, bundle.tokenizer_json())
     assert tokenizer is not None
-    with path.open("rb") as file:
-        texts = [_text(path, number, line) for number, line in enumerate(read_lines(file), start=1)]
+    try:
+        with path.open("rb") as file:
+            texts = [_text(path, number, line) for number, line in enumerate(read_lines(file), start=1)]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
     if not texts:
         raise InputError(f"expected texts in {path}, found none", hint="one text a line, UTF-8")
     tokens = tokenizer(texts, truncate=True)

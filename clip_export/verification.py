@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
 from clip_export.choice import FP32, GRAPHS, Choice, best_plans, choose
 from clip_export.encoder import Encoder, Floats
@@ -97,20 +98,34 @@ def verify(
     Raises BundleError, BackendError as `load` does; a contract that is not kept is in the result, not an error.
     """
     bundle = path if isinstance(path, Bundle) else Bundle.open(path)
-    golden = bundle.golden()
-    samples = [sample for sample in (golden.text, golden.image) if sample is not None]
     runs, notes = _runs(bundle, backend, device, precision)
-    rows: list[Row] = []
-    for run, (title, run_precision, open_encoder) in enumerate(runs):
-        progress("verify", run, len(runs))
-        with open_encoder() as encoder:
-            for sample in samples:
-                rows += _compare(encoder, sample, run_precision, title)
-    progress("verify", len(runs), len(runs))
-    return Verification(name=bundle.name, rows=tuple(rows), notes=notes)
+    return _replayed(bundle, runs, notes, progress)
+
+
+def verify_choice(
+    bundle: Bundle, choice: Choice, *, options: EngineOptions | None = None, progress: Progress = silent
+) -> Verification:
+    """Like `verify`, for exactly the plans or graphs that `choice` names. Raises as `load` does."""
+    run = (choice.title, choice.precision, partial(open_choice, bundle, choice, options=options))
+    return _replayed(bundle, [run], (), progress)
 
 
 _Run = tuple[str, str, Callable[[], AbstractContextManager[Encoder]]]  # what runs, its precision, how it is opened
+
+
+def _replayed(bundle: Bundle, runs: Sequence[_Run], notes: tuple[str, ...], progress: Progress) -> Verification:
+    golden = bundle.golden()
+    samples: dict[Tower, TextGolden | ImageGolden | None] = {"text": golden.text, "image": golden.image}
+    rows: list[Row] = []
+    for done, (title, precision, open_encoder) in enumerate(runs):
+        progress("verify", done, len(runs))
+        with open_encoder() as encoder:
+            for tower in encoder.towers:
+                sample = samples[tower]
+                if sample is not None:
+                    rows += _compare(encoder, sample, precision, title)
+    progress("verify", len(runs), len(runs))
+    return Verification(name=bundle.name, rows=tuple(rows), notes=notes)
 
 
 def _runs(
@@ -118,26 +133,32 @@ def _runs(
 ) -> tuple[list[_Run], tuple[str, ...]]:
     """What is to be run, and what cannot be and why."""
     if backend is not None:
-        choice = choose(bundle, backend=backend, device=device, precision=precision)
-        return [_real(bundle, choice)], ()
-    runs: list[_Run] = []
+        return [_real(bundle, choose(bundle, backend=backend, device=device, precision=precision))], ()
+    runs: dict[str, _Run] = {}  # by title and precision: fp16 may be answered by plans of fp16all, which come again
     notes: list[str] = []
     for wanted in [precision] if precision is not None else list(bundle.manifest.variants):
-        if wanted == FP32 or (device or "").startswith("cuda"):
-            graphs = choose(bundle, backend=GRAPHS, device=device, precision=wanted)
-            runs.append(_real(bundle, graphs))
-        plans = best_plans(bundle, device, wanted)
-        if plans is not None:
-            runs.append(_real(bundle, plans))
-        elif not runs or runs[-1][1] != wanted:
-            missing = simulation_lacks()
-            if missing is None:
-                runs.append((f"simulation of {wanted}, cpu", wanted, partial(simulated, bundle, wanted)))
-            elif precision is not None:
-                raise missing
-            else:
-                notes.append(f"{wanted} was not measured: {missing.message}; {missing.hint}")
-    return runs, tuple(notes)
+        found = list(_choices(bundle, device, wanted))
+        runs |= {f"{choice.title} {choice.precision}": _real(bundle, choice) for choice in found}
+        missing = simulation_lacks()
+        if found:
+            continue
+        if missing is None:
+            bundle.graph(bundle.spec.towers[0], wanted)  # raises where there is no such precision
+            runs[wanted] = (f"simulation of {wanted}, cpu", wanted, partial(simulated, bundle, wanted))
+        elif precision is not None:
+            raise missing
+        else:
+            notes.append(f"{wanted} was not measured: {missing.message}; {missing.hint}")
+    return list(runs.values()), tuple(notes)
+
+
+def _choices(bundle: Bundle, device: str | None, precision: str) -> Iterator[Choice]:
+    """What runs `precision` here: the graphs, where the device can compute in it, and the best plans that fit."""
+    if precision == FP32 or (device or "").startswith("cuda"):
+        yield choose(bundle, backend=GRAPHS, device=device, precision=precision)
+    plans = best_plans(bundle, device, precision)
+    if plans is not None:
+        yield plans
 
 
 def _real(bundle: Bundle, choice: Choice) -> _Run:

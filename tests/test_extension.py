@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +258,62 @@ def test_side_by_side_gives_the_same_plans_and_a_failure_stops_all(
     assert contents(bundle.parent) == before
 
 
+def test_the_first_failure_stops_the_others(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is: the other build ends at its next sign of life."""
+    ended: list[str] = []
+
+    def build_plan(request: object, *, progress: Callable[[str, int, int], None]) -> None:
+        if "image" in str(request.plan):  # type: ignore[attr-defined]
+            raise PlanBuildError("the compiler gave up")
+        try:
+            for _ in range(1000):
+                time.sleep(0.01)
+                progress("optimize", 0, 1)
+        except BaseException:
+            ended.append("text")
+            raise
+
+    monkeypatch.setattr("clip_export.backends.tensorrt_rtx.build_plan", build_plan)
+    options = PlanOptions(batches=(1,), jobs=2)
+    with pytest.raises(PlanBuildError, match="the compiler gave up"):
+        clip_export.extend(bundle, engine="tensorrt-rtx", gpus=["sm_86"], options=options)
+    assert ended == ["text"]
+
+
+def test_a_level_of_zero_is_a_level(half_bundle: Path, tmp_path: Path) -> None:
+    assert PlanOptions(optimization_level=0).stated() == {"optimization_level": "0"}
+    path = Path(shutil.copytree(half_bundle, tmp_path / "level"))
+    options = PlanOptions(batches=(1, 4), optimization_level=0)
+    made = clip_export.extend(path, engine="tensorrt-rtx", gpus=["sm_86"], towers=["image"], options=options)
+    assert len([plan for plan in made.manifest.plans if plan.options.get("optimization_level") == "0"]) == 1
+
+
+def test_the_report_is_there_without_an_engine(bundle: Path) -> None:
+    report = clip_export.extend(bundle).report()
+    assert report["precisions"]["fp16"]["towers"]["image"]["agreement"] >= 0.9999
+
+
+def test_a_requirement_is_not_met_by_a_plan_that_nobody_checked(bundle: Path) -> None:
+    """An fp32 plan has attention in parts, and without a GPU nobody can say whether they are fused."""
+    clip_export.extend(bundle, precision="fp32", engine="tensorrt-rtx", gpus=["sm_86"], options=SMALL)
+    strict = PlanOptions(batches=(1, 4), require_fused_attention=True)
+    with pytest.raises(PlanBuildError, match=r"attention of (text|image)\.onnx becomes one kernel cannot be known here"):
+        clip_export.extend(bundle, precision="fp32", engine="tensorrt-rtx", gpus=["sm_86"], options=strict)
+
+
+def test_what_a_compiler_warns_of_is_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clip_export.backends import tensorrt_rtx
+
+    real = tensorrt_rtx.build_plan
+
+    def warn(*args: object, **kwargs: object) -> object:
+        return dataclasses.replace(real(*args, **kwargs), warnings=("the timing cache was not used",))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tensorrt_rtx, "build_plan", warn)
+    with pytest.warns(UserWarning, match="image plan for sm_86: the timing cache was not used"):
+        clip_export.extend(bundle, engine="tensorrt-rtx", gpus=["sm_86"], towers=["image"], options=SMALL)
+
+
 # What is refused
 
 
@@ -268,6 +326,14 @@ def test_side_by_side_gives_the_same_plans_and_a_failure_stops_all(
         ({"engine": "tensorrt-rtx", "gpus": ["sm_90"]}, PlanBuildError, "builds for sm_75, .*; found sm_90"),
         ({"engine": "tensorrt-rtx", "gpus": ["rtx4090"]}, PlanBuildError, "found rtx4090"),
         ({"engine": "tensorrt-rtx", "gpus": ["sm_86"], "towers": ["sound"]}, InputError, "has no sound tower"),
+        ({"engine": "tensorrt-rtx", "gpus": ["sm_75"], "precision": "bf16"}, InputError, "in fp16 alone on sm_75"),
+        (
+            {"engine": "tensorrt-rtx", "gpus": ["sm_86"], "options": PlanOptions(hardware_compatibility=True)},
+            InputError,
+            "no hardware compatibility to ask for",
+        ),
+        ({"precision": "fp32", "calibration": ["a.jpg"]}, InputError, "nothing is to be measured"),
+        ({"calibration_texts": "nowhere.txt"}, InputError, r"nowhere\.txt cannot be read: No such file"),
     ],
 )
 def test_requests_that_cannot_be_met(
@@ -332,6 +398,31 @@ def test_a_backend_that_cannot_run_here_says_why_or_falls_back(half_bundle: Path
         clip_export.load(half_bundle, backend="tensorrt-rtx", fallback="torch")
 
 
+def test_the_fallback_is_for_plans_that_do_not_open_as_well(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clip_export import runtime
+    from clip_export.choice import of_plans
+
+    plans = {plan.tower: plan for plan in Bundle.open(half_bundle).manifest.plans if plan.precision == "fp16"}
+    real = runtime.choose
+
+    def chosen(bundle: Bundle, *, backend: str | None = None, **rest: object) -> object:
+        return of_plans(plans) if backend == "tensorrt-rtx" else real(bundle, backend=backend)
+
+    monkeypatch.setattr(runtime, "choose", chosen)
+    with pytest.raises(BackendError):
+        clip_export.load(half_bundle, backend="tensorrt-rtx")
+    with (
+        pytest.warns(UserWarning, match="running on onnxruntime instead of tensorrt-rtx"),
+        clip_export.load(half_bundle, backend="tensorrt-rtx", fallback="onnxruntime") as clip,
+    ):
+        assert clip.engine == "onnxruntime, cpu"
+
+
+def test_options_of_another_backend_are_refused(half_bundle: Path) -> None:
+    with pytest.raises(InputError, match="onnxruntime cannot be given EngineOptions as options"):
+        clip_export.load(half_bundle, backend="onnxruntime", options=clip_export.EngineOptions())
+
+
 def test_half_graphs_do_not_run_on_a_cpu(half_bundle: Path) -> None:
     with pytest.raises(BackendError, match="fp16 graphs are for GPUs: a CPU computes them in fp32"):
         clip_export.load(half_bundle, precision="fp16")
@@ -361,6 +452,6 @@ def test_extending_needs_no_torch(bundle: Path) -> None:
 
 
 def test_the_targets_are_found_out_first(tiny_bundle: Path) -> None:
-    assert extension.find_targets(None, [], "fp32") == []
-    found = extension.find_targets("tensorrt-rtx", ["sm_86", "sm_86", "portable"], "fp16")
+    assert extension.find_targets(None, [], "fp32", PlanOptions()) == []
+    found = extension.find_targets("tensorrt-rtx", ["sm_86", "sm_86", "portable"], "fp16", PlanOptions())
     assert [target.compute_capability for target in found] == ["sm_86", "portable"]

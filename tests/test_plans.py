@@ -18,8 +18,8 @@ from clip_export.plan_selection import PREFERENCE, Machine, Selection, explain, 
 from clip_export.plans import Plan, gpu_memory_bytes, plan_folder
 from clip_export.spec import Tower, from_dict, to_dict
 
-RTX = Machine(backend="tensorrt-rtx", version="1.7.1.116", compute_capability="sm_89")
-FULL = Machine(backend="tensorrt", version="10.13.3.9", compute_capability="sm_86")
+RTX = Machine(backend="tensorrt-rtx", version="1.7.1.116", compute_capability="sm_89", host_code=True)
+FULL = Machine(backend="tensorrt", version="10.13.3.9", compute_capability="sm_86", host_code=True)
 
 
 def full(**changes: Any) -> Plan:
@@ -350,6 +350,24 @@ def test_the_order_of_the_manifest_does_not_matter(order: list[int]) -> None:
         "image": "plans/p0/image.plan",
     }
     assert len(selection.passed_over) == 4
+
+
+def test_a_plan_with_code_of_its_own_has_to_be_allowed() -> None:
+    plan, cautious = full(options={"version_compatible": "true"}), dataclasses.replace(FULL, host_code=False)
+    assert choose([plan], FULL).chosen == {"text": plan}
+    selection = choose([plan], cautious)
+    assert selection.chosen == {}
+    assert [reason for _, reason in selection.passed_over] == [
+        "version compatible, so it carries code, and EngineOptions(allow_host_code=True) was not given"
+    ]
+    plain = full()
+    assert choose([plan, plain], cautious).chosen == {"text": plain}
+
+
+def test_a_gpu_that_rtx_does_not_build_for_is_offered_a_portable_plan() -> None:
+    error = explain(choose([], dataclasses.replace(RTX, compute_capability="sm_90")))
+    assert error.hint is not None
+    assert "--engine tensorrt-rtx --gpu portable" in error.hint
 
 
 # The error

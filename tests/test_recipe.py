@@ -87,6 +87,25 @@ def test_refusals(bundle: Path, args: tuple[str, ...], message: str) -> None:
     assert "hint: " in text
 
 
+def test_what_failed_after_the_export_says_that_the_export_is_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = refusal(tiny_checkpoint, "-o", tmp_path / "out", *RTX, "--sequence-profiles", "999")
+    assert "sequence profile 999 is outside 1.." in text
+    assert "out is built and keeps its fp32 graphs: name it in place of the checkpoint next time" in text
+    assert build(tmp_path / "out", *RTX, "--batch-profiles", "1", "--towers", "image").exit_code == 0
+
+
+def test_calibration_without_a_precision(bundle: Path, tmp_path: Path) -> None:
+    assert "calibration measures ranges for a precision" in refusal("demo", "-o", tmp_path / "x", "--calibration", "x")
+
+
+def test_the_same_again_says_so(bundle: Path) -> None:
+    assert build(bundle, *RTX, "--batch-profiles", "1", "--towers", "image").exit_code == 0
+    again = build(bundle, *RTX, "--batch-profiles", "1", "--towers", "image")
+    assert again.exit_code == 0
+    assert "the plans were there already; --force builds them again" in again.stderr
+    assert "built in" not in again.stderr
+
+
 def test_numbers_that_are_none(bundle: Path) -> None:
     result = build(bundle, *RTX, "--batch-profiles", "1,many")
     assert result.exit_code == 2
@@ -166,7 +185,7 @@ def test_ctrl_c_while_a_plan_is_built_leaves_the_bundle_as_it_was(bundle: Path) 
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not list(bundle.parent.glob(".bundle.building-*/.graphs-*/*.onnx")) and time.monotonic() < deadline:
+    while not list(bundle.parent.glob(".bundle.building-*/.graphs-*/*/*.onnx")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,11 @@ def gpu(device: str) -> Gpu:
     return _cuda.device_status(_cuda.device_index(device))
 
 
+def has_driver() -> bool:
+    """Whether an NVIDIA driver is installed: somebody who has one may wonder why it is not used."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
 def _module(name: str) -> Backend:
     if name not in names():
         raise BackendError(f"there is no backend {name!r}", hint=f"choose one of: {', '.join(names())}")
@@ -165,6 +171,7 @@ __all__ = [
     "choose",
     "compiler",
     "gpu",
+    "has_driver",
     "names",
     "open_engine",
     "status",

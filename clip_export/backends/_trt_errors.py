@@ -62,7 +62,7 @@ _CAUSES = (  # the first that is found in what the compiler said, and applies
     _Cause(
         re.compile("FP32 GEMM is not supported"),
         "{title} multiplies no fp32 matrices on sm_75, and {graph} has some",
-        "build sm_75 with every layer in fp16",
+        "build it with --precision fp16all",
     ),
     _Cause(
         re.compile(r"fp8|float8|e4m3", re.IGNORECASE),

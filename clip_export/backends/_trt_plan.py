@@ -143,7 +143,9 @@ class Plan:
         said = self._said()
         if _HOST_CODE.search(said) and not self.options.allow_host_code:
             message = f"{self.name} is a version-compatible plan: it carries code that would run on this machine"
-            return BackendError(message, hint="if you trust where it comes from, load with allow_host_code=True")
+            return BackendError(
+                message, hint="if you trust where it comes from, load with options=EngineOptions(allow_host_code=True)"
+            )
         if _OUT_OF_MEMORY.search(said):
             free = self.device.free_bytes() // MIB
             message = f"not enough GPU memory for {self.name}: it has {size // MIB} MiB, {free} MiB are free"
@@ -161,7 +163,9 @@ class Plan:
             stripped = int(engine.get_engine_stat(trt.EngineStat.STRIPPED_WEIGHTS_SIZE))
             if stripped > 0:
                 message = f"{self.name} was built without its weights ({stripped // MIB} MiB are missing)"
-                raise BackendError(message, hint="load with refit_from, the ONNX file that holds them")
+                raise BackendError(
+                    message, hint="load with options=EngineOptions(refit_from=...), the ONNX file that has them"
+                )
 
     def _weight_bytes(self, plan_bytes: int) -> int:
         trt, engine = self.trt, self._engine
@@ -241,7 +245,10 @@ def refit(plan: Plan, engine: Any, source: Path) -> None:
     if not hasattr(trt, "OnnxParserRefitter"):
         raise BackendError(f"{plan.title} takes no weights from an ONNX file", hint="build the plan with its weights")
     if not engine.refittable:
-        raise BackendError(f"{plan.name} takes no other weights", hint="load without refit_from, or build with --refit")
+        raise BackendError(
+            f"{plan.name} takes no other weights",
+            hint="load it without EngineOptions(refit_from=...), or build it with --refit",
+        )
     refitter = trt.Refitter(engine, plan._logger)
     if not trt.OnnxParserRefitter(refitter, plan._logger).refit_from_file(str(source)):
         raise plan.failed(f"cannot take the weights of {source.name} for")

@@ -18,6 +18,7 @@ from clip_export.spec import TOWERS, Activation, Dialect, Tower
 
 if TYPE_CHECKING:
     from clip_export.bundle import Bundle
+    from clip_export.plans import Plan
     from clip_export.recipe import Recipe
 
 _ENGINES = "Engines"
@@ -211,26 +212,36 @@ def _plain(value: Any) -> Any:
 def _make(recipe: Recipe, *, force: bool) -> None:
     from clip_export.recipe import make
 
+    held = _plans(recipe.checkpoint)
     started = time.perf_counter()
     with Bar() as progress:
         bundle = make(recipe, force=force, progress=progress)
     place = _shortest(bundle.path)
     total = size_text(sum(entry.size for entry in bundle.manifest.files.values()))
+    new = [plan for plan in bundle.manifest.plans if plan not in held]
+    if recipe.engine is not None and not new:
+        say("the plans were there already; --force builds them again")
     say(f"built {' and '.join(bundle.manifest.spec.towers)} in {time.perf_counter() - started:.1f} s, {total}")
-    for line in _plan_lines(bundle):
-        say(line)
+    for plan in new:
+        say(_plan_line(bundle, plan))
     say(f"next: clip-export verify {place}")
     typer.echo(place)
 
 
-def _plan_lines(bundle: Bundle) -> list[str]:
-    """A line for each plan that the bundle holds now."""
-    return [
-        f"  {plan.backend} {plan.version} {plan.compute_capability} {plan.precision} {plan.tower}: "
-        f"{size_text(bundle.manifest.files[plan.file].size)}, built in {plan.seconds:.1f} s, "
-        f"peak memory {plan.peak_memory_mib} MiB, {_ATTENTION[plan.attention]}"
-        for plan in bundle.manifest.plans
-    ]
+def _plans(checkpoint: str) -> tuple[Plan, ...]:
+    """Those that a bundle has before anything is added; none for a checkpoint."""
+    from clip_export import Bundle
+    from clip_export.recipe import is_bundle
+
+    return Bundle.open(checkpoint, check_files=False).manifest.plans if is_bundle(checkpoint) else ()
+
+
+def _plan_line(bundle: Bundle, plan: Plan) -> str:
+    size = size_text(bundle.manifest.files[plan.file].size)
+    made = (
+        f"{size}, built in {plan.seconds:.1f} s, peak memory {plan.peak_memory_mib} MiB, {_ATTENTION[plan.attention]}"
+    )
+    return f"  {plan.backend} {plan.version} {plan.compute_capability} {plan.precision} {plan.tower}: {made}"
 
 
 _ATTENTION = {

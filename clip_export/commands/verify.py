@@ -59,10 +59,13 @@ def _write_polygraphy(bundle: Path, directory: Path, precision: str | None) -> N
     from clip_export import Bundle
     from clip_export.polygraphy_files import command_lines, write
 
-    opened = Bundle.open(bundle, check_files=False)
-    write(opened, directory, precision=precision or "fp32")
+    opened, chosen = Bundle.open(bundle, check_files=False), precision or "fp32"
+    write(opened, directory, precision=chosen)
     say(f"wrote samples for polygraphy to {directory}; compare with")
-    for line in command_lines(opened, directory, precision=precision or "fp32"):
+    # A half graph on a CPU proves nothing, and fp32 attention has no kernel in TensorRT.
+    backends = ("onnxruntime",) if chosen == "fp32" else ("tensorrt-rtx", "tensorrt")
+    profiles = {plan.tower: plan.profiles for plan in opened.manifest.plans if plan.precision == chosen}
+    for line in command_lines(opened, directory, precision=chosen, backends=backends, profiles=profiles):
         say(f"  {line}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
 
 # Below it a norm is taken to be zero, as torch.nn.functional.normalize has it.
 SMALLEST_NORM = 1e-12
+
+
+def prepare(source: Path, target: Path, *, primitive: bool) -> Path:
+    """Write to `target` the graph at `source` as a compiler takes it, and return `target`.
+
+    Where there is an embedding, it is given once more, normalized. With `primitive` attention is taken apart.
+    """
+    import onnx_ir
+
+    from clip_export.graph.files import save
+
+    model = onnx_ir.load(source)
+    if primitive:
+        decompose_attention(model)
+    add_normalized(model)
+    save(model, target)
+    return target
 
 
 def decompose_attention(model: ir.Model, only: Collection[str] | None = None) -> int:
