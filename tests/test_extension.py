@@ -297,7 +297,9 @@ def test_a_requirement_is_not_met_by_a_plan_that_nobody_checked(bundle: Path) ->
     """An fp32 plan has attention in parts, and without a GPU nobody can say whether they are fused."""
     clip_export.extend(bundle, precision="fp32", engine="tensorrt-rtx", gpus=["sm_86"], options=SMALL)
     strict = PlanOptions(batches=(1, 4), require_fused_attention=True)
-    with pytest.raises(PlanBuildError, match=r"attention of (text|image)\.onnx becomes one kernel cannot be known here"):
+    with pytest.raises(
+        PlanBuildError, match=r"attention of (text|image)\.onnx becomes one kernel cannot be known here"
+    ):
         clip_export.extend(bundle, precision="fp32", engine="tensorrt-rtx", gpus=["sm_86"], options=strict)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clip_export.backends import _cuda
 from clip_export.backends.device_array import contiguous, is_device_array
 from clip_export.errors import BackendError
 
@@ -40,7 +41,8 @@ def run_bound(
     for name in outputs:
         binding.bind_output(name, device, index)
     if any(is_device_array(value) for value in feeds.values()):
-        binding.synchronize_inputs()  # waits for the whole device, and so for whoever computes these arrays
+        with _cuda.open_device(index).current():  # it waits for the device that is current in this thread
+            binding.synchronize_inputs()  # for all of it, and so for whoever computes these arrays
     session.run_with_iobinding(binding)
     del kept  # the inputs had to live until here
     return dict(zip(outputs, binding.get_outputs(), strict=True))

@@ -146,6 +146,8 @@ class Compilation:
                 if flag is None:
                     raise PlanBuildError(f"{self._library.title} knows no {option}", hint=f"leave {option} away")
                 config.set_flag(flag)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX may allocate during a capture without it
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if request.hardware_compatibility:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 

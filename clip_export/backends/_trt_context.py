@@ -75,9 +75,9 @@ class Slot:
         self._sides: list[Side] = []
         self._streams: list[Stream] = []
         self._activations: DeviceMemory | None = None
-        self._context: Any = None
+        self._contexts: list[Any] = []  # one, or one for each side
         self._captured: list[Any] = []  # the contexts that graphs were captured from, or were to be
-        self._configured: tuple[Side, Key] | None = None
+        self._configured: dict[int, tuple[Side, Key]] = {}  # by number of the context
         self._shapes: dict[Key, dict[str, Shape]] = {}
         # With less than the profile's memory, its layout changes with the shapes, which captured graphs do not allow.
         self._shrunk = rows < plan.most_rows(profile)
@@ -139,7 +139,7 @@ class Slot:
             for side in self._sides:
                 side.close()
             self._captured.clear()
-            self._context = None
+            self._contexts.clear()
         if self._activations is not None:
             self._activations.close()
         self._streams.clear()  # a device array may still refer to one, and say so to others
@@ -153,12 +153,14 @@ class Slot:
         with device.current():
             for _ in range(3):
                 self._streams.append(Stream(device))
-            self._context = plan.new_context(self.profile, self.compute)
             largest = plan.largest_shapes(self.profile, self.rows)
-            outputs = self._set_shapes(self._context, largest)
             if not self._shrunk:
                 self._activations = DeviceMemory(device, plan.activation_bytes(self.profile))
-            self._give_memory(self._context)
+            # A library that captures by itself keeps one graph a context, and captures anew where addresses change.
+            for _ in range(2 if plan.library_graphs else 1):
+                self._contexts.append(plan.new_context(self.profile, self.compute))
+                outputs = self._set_shapes(self._contexts[-1], largest)
+                self._give_memory(self._contexts[-1])
             for _ in range(2):
                 self._sides.append(Side(plan, _bytes(plan.inputs, largest), _bytes(plan.outputs, outputs)))
 
@@ -188,11 +190,12 @@ class Slot:
             graph.launch(self.compute)
         elif not (self._graphs_left and side.runs[key] >= RUNS_BEFORE_GRAPH and self._run_and_capture(side, key)):
             side.runs[key] += 1
-            if self._configured != (side, key):
-                self._configured = None
-                self._configure(self._context, side, key)
-                self._configured = side, key
-            self._execute(self._context)
+            number = self._sides.index(side) % len(self._contexts)
+            if self._configured.get(number) != (side, key):
+                self._configured.pop(number, None)
+                self._configure(self._contexts[number], side, key)
+                self._configured[number] = side, key
+            self._execute(self._contexts[number])
         side.computed.record(self.compute)
         return self._shapes[key]
 
@@ -258,6 +261,7 @@ class Slot:
                 if self._activations is not None:
                     self._activations.close()
                 self._activations = None
+                self._configured.clear()  # the other side's context has the address of what is freed here
                 self._activations = DeviceMemory(self.plan.device, needed)
         assert self._activations is not None
         context.set_device_memory(self._activations.pointer, self._activations.nbytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -54,31 +55,49 @@ class Plan:
     """A plan on one GPU. Contexts are made from it; all of them have to be gone before `close`."""
 
     def __init__(self, library: Any, path: Path, device: _cuda.Device, options: EngineOptions) -> None:
-        trt = library.trt
-        self.trt, self.title, self.name, self.device, self.options = trt, library.title, path.name, device, options
+        self.trt, self.title, self.name = library.trt, library.title, path.name
+        self.device, self.options = device, options
         self.lock = threading.RLock()  # making and deleting contexts is not safe from several threads
         self._logger = _logger(library)
         self._logger.messages.clear()
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._runtime_config: Any = None
+        self._cache: RuntimeCache | None = None
         blob = _read(path)
-        with device.current():
-            runtime = _runtime(self)
-            check_validity(trt, runtime, blob, self.name, self.title)
-            engine = runtime.deserialize_cuda_engine(blob)
-            if engine is None:
-                raise self._unreadable(len(blob))
-            self._runtime, self._engine = runtime, engine
-            self._supply_weights()
-            self.inputs, self.outputs = _tensors(self, "INPUT"), _tensors(self, "OUTPUT")
-            self.profiles = _profiles(self)
-            self.weight_bytes = self._weight_bytes(len(blob))
-            self._runtime_config = self._configured()
-            self._cache = self._open_cache()
-            self._logger.messages.clear()  # asking what this release can do has been logged as an error
+        try:
+            with device.current():
+                self._open(blob)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the engine, which has to be freed on its own GPU
+            self.close()
+            raise
+
+    def _open(self, blob: bytes) -> None:
+        trt = self.trt
+        runtime = _runtime(self)
+        check_validity(trt, runtime, blob, self.name, self.title)
+        engine = runtime.deserialize_cuda_engine(blob)
+        if engine is None:
+            raise self._unreadable(len(blob))
+        self._runtime, self._engine = runtime, engine
+        self._supply_weights()
+        self.inputs, self.outputs = _tensors(self, "INPUT"), _tensors(self, "OUTPUT")
+        self.profiles = _profiles(self)
+        self.weight_bytes = self._weight_bytes(len(blob))
+        self._runtime_config = self._configured()
+        self._cache = self._open_cache()
+        self._logger.messages.clear()  # asking what this release can do has been logged as an error
 
     @property
     def own_graphs(self) -> bool:
         """Whether CUDA graphs are to be captured here: TensorRT-RTX does that itself."""
         return self.options.cuda_graphs and not hasattr(self.trt, "CudaGraphStrategy")
+
+    @property
+    def library_graphs(self) -> bool:
+        """Whether the library captures CUDA graphs by itself."""
+        return self.options.cuda_graphs and hasattr(self.trt, "CudaGraphStrategy")
 
     def new_context(self, profile: int, stream: Stream) -> Any:
         """A context without memory of its own, set to `profile` by work in `stream`. Raises GpuMemoryError."""
@@ -160,7 +179,7 @@ class Plan:
             return
         # Older releases do not tell; there, a plan without weights is known by its manifest entry alone.
         if hasattr(engine, "get_engine_stat") and engine.refittable:
-            stripped = int(engine.get_engine_stat(trt.EngineStat.STRIPPED_WEIGHTS_SIZE))
+            stripped = _stat(engine, trt.EngineStat.STRIPPED_WEIGHTS_SIZE)
             if stripped > 0:
                 message = f"{self.name} was built without its weights ({stripped // MIB} MiB are missing)"
                 raise BackendError(
@@ -170,7 +189,7 @@ class Plan:
     def _weight_bytes(self, plan_bytes: int) -> int:
         trt, engine = self.trt, self._engine
         if hasattr(engine, "get_engine_stat"):
-            found = int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+            found = _stat(engine, trt.EngineStat.TOTAL_WEIGHTS_SIZE)
             if found > 0:
                 return found
         return plan_bytes  # nearly all of a plan is weights
@@ -178,7 +197,8 @@ class Plan:
     def _configured(self) -> Any:
         """The settings of every context; None where this TensorRT has no such thing."""
         trt, engine = self.trt, self._engine
-        if not hasattr(engine, "create_runtime_config"):
+        # TensorRT has it too, for nothing that a strategy given to create_execution_context does not do.
+        if not hasattr(trt, "CudaGraphStrategy") and not hasattr(trt, "IRuntimeCache"):
             return None
         runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -250,8 +270,12 @@ def refit(plan: Plan, engine: Any, source: Path) -> None:
             hint="load it without EngineOptions(refit_from=...), or build it with --refit",
         )
     refitter = trt.Refitter(engine, plan._logger)
-    if not trt.OnnxParserRefitter(refitter, plan._logger).refit_from_file(str(source)):
-        raise plan.failed(f"cannot take the weights of {source.name} for")
+    parser = trt.OnnxParserRefitter(refitter, plan._logger)
+    if not parser.refit_from_file(str(source)):
+        missing = ", ".join(list(refitter.get_missing_weights())[:3])
+        said = missing or readable("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+        message = f"{source.name} does not have all weights of {plan.name}: {said}"
+        raise BackendError(message, hint="refit from the graph that the plan was built from, with other weights")
     if not refitter.refit_cuda_engine():
         missing = refitter.get_missing_weights()
         if missing:
@@ -259,6 +283,14 @@ def refit(plan: Plan, engine: Any, source: Path) -> None:
             message = f"{source.name} lacks {len(missing)} weights of {plan.name}: {shown}"
             raise BackendError(message, hint="refit from the graph that the plan was built from, with other weights")
         raise plan.failed(f"cannot take the weights of {source.name} for")
+
+
+def _stat(engine: Any, kind: Any) -> int:
+    """A number of bytes, 0 where it is not told."""
+    try:
+        return int(engine.get_engine_stat(kind))
+    except TypeError:  # the bindings of 10.14 ask for a weak reference to the number, which no int has
+        return 0
 
 
 _LOGGERS: dict[str, Any] = {}

@@ -1,0 +1,45 @@
+"""Plans of towers at their real size, with random weights, from graphs that keep the contract."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import clip_export
+from clip_export.bundle import Bundle
+from clip_export.compilation import PlanOptions
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import random_checkpoint
+
+GPUS = ("sm_75", "sm_86", "sm_89", "sm_120")
+ONE_PROFILE = PlanOptions(batches=(8,), lengths=())
+
+
+def built(name: str, directory: Path, gpus: tuple[str, ...]) -> Bundle:
+    random_checkpoint.make(name, directory / "checkpoint")
+    clip_export.build(directory / "checkpoint", directory / "bundle")
+    return clip_export.extend(directory / "bundle", engine="tensorrt-rtx", gpus=gpus, options=ONE_PROFILE)
+
+
+def check(bundle: Bundle, gpus: tuple[str, ...]) -> None:
+    found = {(plan.tower, plan.compute_capability): plan for plan in bundle.manifest.plans}
+    assert found.keys() == {(tower, gpu) for tower in ("text", "image") for gpu in gpus}
+    for plan in found.values():
+        assert plan.attention == "operator"  # it cannot be built unfused
+        weights = sum(e.size for name, e in bundle.manifest.files.items() if name.startswith(plan.graph))
+        assert weights * 0.9 < bundle.manifest.files[plan.file].size < weights * 2.5
+    for row in clip_export.verify(bundle).rows:
+        assert row.passed
+        assert row.min_cosine >= (0.99999 if row.precision == "fp32" else 0.9999)
+
+
+def test_vit_b_32(tmp_path: Path) -> None:
+    check(built("vit-b-32", tmp_path, GPUS), GPUS)
+
+
+@pytest.mark.slow
+def test_vit_l_14(tmp_path: Path) -> None:
+    check(built("vit-l-14", tmp_path, ("sm_75", "sm_120")), ("sm_75", "sm_120"))
