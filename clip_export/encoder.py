@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
+from clip_export.backends.device_array import is_device_array
 from clip_export.errors import ImageError, InputError
 from clip_export.plans import NORMALIZED
 from clip_export.preprocess import ImageInput, Preprocessor, as_list
@@ -171,7 +172,7 @@ class Encoder:
 
         They may lie on the GPU already, in an array of any library that has DLPack or __cuda_array_interface__.
         """
-        there = _is_on_gpu(pixels)
+        there = is_device_array(pixels)
         if not there and not device_output:
             return self._embedding("image", self.pixel_outputs(pixels), normalize)
         feeds = {"pixels": pixels if there else self._checked_pixels(pixels)}
@@ -329,14 +330,6 @@ class Encoder:
         if run is None:
             raise _no_tower(tower)
         return run
-
-
-def _is_on_gpu(array: object) -> bool:
-    """Whether a library says that its array lies on a CUDA device (2 in DLPack's numbering; 13 is managed memory)."""
-    if isinstance(array, np.ndarray):
-        return False
-    device = getattr(array, "__dlpack_device__", None)
-    return hasattr(array, "__cuda_array_interface__") if device is None else device()[0] in (2, 13)
 
 
 def _block(input_ids: npt.NDArray[np.int32], rows: np.ndarray, length: int) -> npt.NDArray[np.int32]:

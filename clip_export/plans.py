@@ -59,6 +59,7 @@ _OPTIONS = {
 # uint8 pixels, int32 ids: graph/export.py. Every output is float32.
 _INPUT_ITEM_BYTES = {"pixels": 1, "input_ids": 4, "eot_index": 4}
 _OUTPUT_ITEM_BYTES = 4
+_SETS = 2  # of buffers in each running thread: one is filled while the other is computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,11 @@ def _plain(profile: Profile) -> dict[str, list[list[int]]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuMemory:
-    """Bytes of GPU memory that one engine of a plan needs: `activations` is None where no GPU was there to say."""
+    """Bytes of GPU memory that one engine of a plan needs.
+
+    `weights` once; `buffers` and `activations` for each thread that runs at the same time. `activations` is None where
+    no GPU was there to say.
+    """
 
     weights: int
     buffers: int
@@ -192,7 +197,7 @@ class GpuMemory:
 
     @property
     def at_least(self) -> int:
-        """The sum of what is known."""
+        """What one thread needs, as far as it is known."""
         return self.weights + self.buffers + (self.activations or 0)
 
 
@@ -204,7 +209,7 @@ def gpu_memory_bytes(plan: Plan, file_bytes: int, spec: ModelSpec, *, graph_byte
     """
     return GpuMemory(
         weights=file_bytes + (graph_bytes if plan.needs_graph else 0),
-        buffers=max(_buffer_bytes(plan, profile, spec) for profile in plan.profiles),
+        buffers=_SETS * max(_buffer_bytes(plan, profile, spec) for profile in plan.profiles),
         activations=None if plan.activation_bytes is None else max(plan.activation_bytes),
     )
 

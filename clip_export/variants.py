@@ -20,7 +20,7 @@ from clip_export.runtime import front
 from clip_export.spec import Tower
 from clip_export.verification import CONTRACTS
 
-PRECISIONS = ("fp32", "fp16", "fp16all", "bf16")
+PRECISIONS = tuple(CONTRACTS)
 # What follows the blocks costs next to nothing, and its rounding would be that of the embedding itself.
 KEPT_FP32 = ("final_norm", "post_norm", "projection")
 

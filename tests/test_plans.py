@@ -407,7 +407,7 @@ def test_memory_of_a_text_plan() -> None:
     plan = make_plan(outputs=("embedding", "pooled", "normalized"), activation_bytes=(1000, 3000))
     memory = gpu_memory_bytes(plan, 10_000, SPEC)
     assert memory.weights == 10_000
-    assert memory.buffers == 8 * 8 * 4 + 8 * 4 + 8 * (4 + 64 + 4) * 4
+    assert memory.buffers == 2 * (8 * 8 * 4 + 8 * 4 + 8 * (4 + 64 + 4) * 4)
     assert memory.activations == 3000
     assert memory.at_least == 10_000 + memory.buffers + 3000
 
@@ -415,7 +415,7 @@ def test_memory_of_a_text_plan() -> None:
 def test_memory_of_an_image_plan() -> None:
     """Batch 8: uint8 pixels in, 5 tokens of 64 out. Where no GPU has said so, activations are unknown, not zero."""
     memory = gpu_memory_bytes(make_plan("image", outputs=("hidden_states",)), 10_000, SPEC)
-    assert memory.buffers == 8 * 3 * 16 * 16 + 8 * 5 * 64 * 4
+    assert memory.buffers == 2 * (8 * 3 * 16 * 16 + 8 * 5 * 64 * 4)
     assert memory.activations is None
     assert memory.at_least == 10_000 + memory.buffers
 

@@ -263,7 +263,7 @@ def test_what_it_takes_is_told_and_given_back(build: Build, open_plan: Open) -> 
             engine(feeds_of(rows))
         memory = engine.memory_bytes
         assert memory.weights > 0
-        assert memory.io == 2 * 64 * (PIXELS + 4)
+        assert memory.buffers == 2 * 64 * (PIXELS + 4)
     engine.close()
     gc.collect()
     assert before - device.free_bytes() < 64 << 20

@@ -37,13 +37,13 @@ ResultsT = TypeVar("ResultsT", bound=Results)
 class MemoryUse:
     """What an engine takes of the GPU's memory, in bytes.
 
-    `weights` once; per thread that runs at the same time, `activations` and `io`, the buffers of the inputs, both for
+    `weights` once; per thread that runs at the same time, `activations` and `buffers`, those of the inputs, both for
     the profile that takes most.
     """
 
     weights: int
     activations: int
-    io: int
+    buffers: int
 
 
 def open_engine(
@@ -109,8 +109,8 @@ class TensorRtEngine:
         numbers = range(len(plan.profiles))
         activations = max(plan.activation_bytes(number) for number in numbers)
         # The outputs are not known before a context is made; next to pixels, embeddings are nothing.
-        io = max(_input_bytes(plan, number) for number in numbers)
-        return MemoryUse(weights=plan.weight_bytes, activations=activations, io=2 * io)
+        inputs = max(_input_bytes(plan, number) for number in numbers)
+        return MemoryUse(weights=plan.weight_bytes, activations=activations, buffers=2 * inputs)
 
     def close(self) -> None:
         """Wait for running calls, keep what was compiled for this GPU, and free everything. Twice does no harm."""

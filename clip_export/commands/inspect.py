@@ -117,7 +117,7 @@ def _graph_rows(bundle: Bundle) -> list[tuple[str, ...]]:
 
 
 def _plan_rows(bundle: Bundle) -> list[tuple[str, ...]]:
-    rows = [("tower", "precision", "compiler", "gpu", "profiles", "attention", "built on", "GPU memory")]
+    rows = [("tower", "precision", "compiler", "gpu", "profiles", "attention", "built on", "GPU memory, one thread")]
     for plan in bundle.manifest.plans:
         compiler, gpu = f"{plan.backend} {plan.version}", plan.compute_capability
         where = "no GPU" if plan.gpu is None else f"{plan.gpu}, driver {plan.driver}"
