@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,10 @@ __all__ = [
 # A manifest is a few kilobytes; one of many megabytes is a mistake or an attack, and is not read into memory.
 MAX_MANIFEST_BYTES = 4 * 2**20
 
+# A bundle that is replaced while it is opened is opened again: the two renames take less than a millisecond.
+_ATTEMPTS = 5
+_PAUSE = 0.05  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -71,6 +76,18 @@ class Bundle:
         always. Raises BundleNotFoundError, BundleSchemaError or BundleIntegrityError, naming the file.
         """
         directory = Path(os.fsdecode(path)).absolute()
+        for _ in range(_ATTEMPTS):
+            before = _identity(directory)
+            try:
+                return cls._open(directory, check_files=check_files)
+            except BundleError:
+                if before == _identity(directory):
+                    raise
+            time.sleep(_PAUSE)  # it was replaced or extended while it was read: what is there now is another
+        return cls._open(directory, check_files=check_files)
+
+    @classmethod
+    def _open(cls, directory: Path, *, check_files: bool) -> Bundle:
         manifest = parse_manifest(_read_manifest(directory))
         _check_listing(directory, manifest)
         for name, entry in manifest.files.items():
@@ -159,6 +176,14 @@ class Bundle:
     def report(self) -> dict[str, Any]:
         """What the build measured on its own export, from report.json."""
         return json_object(read(self.path, REPORT), where=REPORT)
+
+
+def _identity(directory: Path) -> int | None:
+    """The inode of the directory, None while there is none: between the two renames of a publication."""
+    try:
+        return directory.stat().st_ino
+    except (OSError, ValueError):
+        return None
 
 
 def write_manifest(

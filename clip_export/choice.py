@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from clip_export import backends
 from clip_export.bundle import Bundle
-from clip_export.errors import BackendError, NoPlanError
+from clip_export.errors import BackendError, BundleError, NoPlanError
 from clip_export.plan_selection import Machine, explain
 from clip_export.plans import Plan
 from clip_export.spec import Tower
@@ -50,11 +50,15 @@ def choose(
     host_code: bool = False,
 ) -> Choice:
     """What runs `bundle` here. See `clip_export.load`; `host_code` lets plans be chosen that carry code."""
+    serving = () if precision is None else (precision, f"{precision}all")  # fp16 may be answered by fp16all
+    if serving and not set(serving) & bundle.manifest.variants.keys():
+        held = ", ".join(bundle.manifest.variants)
+        raise BundleError(f"{bundle.path} holds no {precision} graphs, only {held}", hint="choose one of these")
     if backend is None:
         best = best_plans(bundle, device, precision, host_code=host_code)
         return best or _graphs(bundle, backends.choose(GRAPHS), device, precision)
     if backend in backends.COMPILERS:
-        return _plans(bundle, backend, device or GPU, precision, host_code)
+        return _plans(bundle, backend, GPU if device is None else device, precision, host_code)
     return _graphs(bundle, backends.choose(backend), device, precision)
 
 
@@ -75,7 +79,7 @@ def best_plans(
             reasons.append(f"{name}: {status.reason}")
             continue
         try:
-            return _plans(bundle, name, device or GPU, precision, host_code)
+            return _plans(bundle, name, GPU if device is None else device, precision, host_code)
         except NoPlanError as error:
             reasons.append(str(error))
     if reasons and backends.has_driver():
@@ -113,7 +117,9 @@ def of_plans(plans: Mapping[Tower, Plan], device: str = GPU) -> Choice:
 
 
 def _graphs(bundle: Bundle, backend: str, device: str | None, precision: str | None) -> Choice:
-    choice = Choice(backend=backend, device=device or "cpu", precision=precision or FP32)
+    choice = Choice(
+        backend=backend, device="cpu" if device is None else device, precision=FP32 if precision is None else precision
+    )
     if choice.precision != FP32 and choice.device == "cpu":
         raise BackendError(
             f"{choice.precision} graphs are for GPUs: a CPU computes them in fp32 and hides every overflow",

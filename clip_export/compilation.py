@@ -58,9 +58,9 @@ class PlanOptions:
         level = self.optimization_level
         if level is not None and not 0 <= level <= 5:
             raise InputError(f"expected an optimization level from 0 to 5, found {level}", hint="3 is the default")
-        for name, value in (("a workspace in MiB", self.workspace_mib), ("jobs", self.jobs)):
-            if value is not None and value < 1:
-                raise InputError(f"expected {name} of at least 1, found {value}")
+        for name, value, most in (("a workspace in MiB", self.workspace_mib, 10**8), ("jobs", self.jobs, 1024)):
+            if value is not None and not 1 <= value <= most:
+                raise InputError(f"expected {name} from 1 to {most}, found {value}")
 
     def stated(self) -> dict[str, str]:
         """What a plan depends on besides its graph and profiles, as the manifest has it: only what is not default."""

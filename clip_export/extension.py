@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_export import backends
-from clip_export.backends.building import EngineOptions, Target
+from clip_export.backends.building import EngineOptions, Profile, Target
 from clip_export.bundle import Bundle, Graph, write_manifest
 from clip_export.choice import of_plans
 from clip_export.compilation import Job, PlanOptions, compile_plans
@@ -59,6 +59,9 @@ def extend(
     targets = find_targets(engine, gpus, precision, options)
     inputs = _Calibration([Path(picture) for picture in calibration], _path(calibration_texts))
     with extended(path) as (opened, staging):
+        chosen = _towers(opened, towers)
+        for tower in chosen if targets else ():
+            _profiles(opened, tower, opened.graph(tower).sequence_dynamic, options)  # raises before the long work
         staged = _Staged(opened, staging, progress)
         variants = dict.fromkeys([_variant(target, precision) for target in targets] or [precision])
         new = [name for name in variants if name != "fp32" and (force or name not in staged.variants)]
@@ -70,7 +73,7 @@ def extend(
         for name in new:
             staged.add_variant(name, inputs)
         for target in targets:
-            staged.add_plans(target, _variant(target, precision), _towers(opened, towers), options, force=force)
+            staged.add_plans(target, _variant(target, precision), chosen, options, force=force)
     return Bundle.open(path, check_files=False)
 
 
@@ -172,7 +175,7 @@ class _Staged:
         jobs = [
             Job(plan=plan, graph=staged.graph_path(plan.tower, precision))
             for plan in wanted
-            if force or not self._serves(plan.file, options)
+            if force or not self._serves(plan, options)
         ]
         for job in jobs:
             discard(self._directory, job.plan.file)
@@ -185,10 +188,12 @@ class _Staged:
             own = EngineOptions(allow_host_code=True)  # it was built here, this minute
             require_contract(verify_choice(self._staged(), choice, options=own, progress=self._progress))
 
-    def _serves(self, file: str, options: PlanOptions) -> bool:
+    def _serves(self, wanted: Plan, options: PlanOptions) -> bool:
         """Whether the plan is there already, with all that is asked of it."""
-        plan = self._plans.get(file)
-        return plan is not None and (plan.attention is not None or not options.require_fused_attention)
+        plan = self._plans.get(wanted.file)
+        if plan is None or plan.graph_sha256 != wanted.graph_sha256:
+            return False
+        return plan.attention is not None or not options.require_fused_attention
 
     def write(self) -> None:
         """The report and the manifest, which vouches for all that is there now."""
@@ -209,6 +214,11 @@ class _Staged:
         return Bundle.open(self._directory, check_files=False)
 
 
+def _profiles(bundle: Bundle, tower: Tower, sequence_dynamic: bool, options: PlanOptions) -> tuple[Profile, ...]:
+    batches = batch_bounds(options.batches, options.max_batch)
+    return profiles(bundle.spec, tower, sequence_dynamic=sequence_dynamic, batches=batches, lengths=options.lengths)
+
+
 def _entries(
     bundle: Bundle, towers: Sequence[Tower], target: Target, precision: str, options: PlanOptions
 ) -> list[Plan]:
@@ -216,14 +226,8 @@ def _entries(
 
     Their folder is named after both towers, whichever are built: so they meet in it.
     """
-    batches = batch_bounds(options.batches, options.max_batch)
     graphs = {tower: bundle.graph(tower, precision) for tower in bundle.spec.towers}
-    shapes = {
-        tower: profiles(
-            bundle.spec, tower, sequence_dynamic=graph.sequence_dynamic, batches=batches, lengths=options.lengths
-        )
-        for tower, graph in graphs.items()
-    }
+    shapes = {tower: _profiles(bundle, tower, graph.sequence_dynamic, options) for tower, graph in graphs.items()}
     hashes = {tower: bundle.graph_sha256(tower, precision) for tower in graphs}
     folder = plan_folder(
         backend=target.backend,

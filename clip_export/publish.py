@@ -187,6 +187,9 @@ def _check_no_link(target: Path) -> None:
     if target.is_symlink():
         message = f"{target} is a symbolic link to {target.readlink()}"
         raise BundleError(message, hint="give the directory that it points to")
+    if target.is_mount():
+        message = f"{target} is a mount point, which cannot be renamed into place"
+        raise BundleError(message, hint="mount the directory above it instead, and let the bundle be one in it")
 
 
 def _check_target(target: Path, *, force: bool, elsewhere: str = _ELSEWHERE) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 from clip_export.bundle import Bundle
 from clip_export.compilation import PlanOptions
-from clip_export.errors import ClipExportError, InputError, SpecError
+from clip_export.errors import BundleError, ClipExportError, InputError, SpecError
 from clip_export.extension import extend, find_targets
 from clip_export.manifest import MANIFEST
-from clip_export.pipeline import build
+from clip_export.pipeline import ENGINES, build, default_name
 from clip_export.progress import Progress, silent
 from clip_export.spec import Activation, Dialect, Tower, from_dict
 
@@ -89,7 +89,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         plain: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what it raises for no TOML, no UTF-8, absurd numbers or nesting
         raise InputError(f"{path} is not a TOML file: {error}", hint="see engines/recipes for examples") from error
     try:
         return from_dict(Recipe, {key.replace("-", "_"): value for key, value in plain.items()}, where=str(path))
@@ -104,10 +104,11 @@ def make(recipe: Recipe, *, force: bool = False, progress: Progress = silent) ->
     stays where it is when an engine cannot be added to it.
     """
     options = recipe.plan_options()
-    precisions = recipe.precision or ((DEFAULT_PRECISION,) if recipe.engine is not None else ())
+    precisions = tuple(dict.fromkeys(recipe.precision or ((DEFAULT_PRECISION,) if recipe.engine is not None else ())))
     _check_stated(recipe)
     for precision in precisions:
         find_targets(recipe.engine, recipe.gpu or (), precision, options)
+    _check_output(recipe, force=force)
     bundle = _bundle(recipe, force=force, progress=progress)
     try:
         for precision in precisions:
@@ -137,6 +138,15 @@ def _extended(
         force=force,
         progress=progress,
     )
+
+
+def _check_output(recipe: Recipe, *, force: bool) -> None:
+    """Raise BundleError for engines of a checkpoint whose bundle is there: --force would lose its plans."""
+    output = Path(recipe.output) if recipe.output is not None else ENGINES / default_name(recipe.checkpoint)
+    if force or is_bundle(recipe.checkpoint) or recipe.engine is None or not is_bundle(os.fspath(output)):
+        return
+    hint = f"add to it: name {output} in place of the checkpoint; --force builds it anew, without the plans it has"
+    raise BundleError(f"{output} already holds a bundle", hint=hint)
 
 
 def is_bundle(checkpoint: str) -> bool:

@@ -62,6 +62,8 @@ def load(
         )
     if fallback not in (None, GRAPHS):
         raise InputError(f"expected fallback {GRAPHS} or none, found {fallback!r}")
+    if backend is not None and backend not in backends.names():
+        raise BackendError(f"there is no backend {backend!r}", hint=f"choose one of: {', '.join(backends.names())}")
     bundle = path if isinstance(path, Bundle) else Bundle.open(path, check_files=check_files)
     host_code = isinstance(options, EngineOptions) and options.allow_host_code
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_export import backends
 from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
 from clip_export.choice import FP32, GRAPHS, Choice, best_plans, choose
@@ -136,8 +137,10 @@ def _runs(
         return [_real(bundle, choose(bundle, backend=backend, device=device, precision=precision))], ()
     runs: dict[str, _Run] = {}  # by title and precision: fp16 may be answered by plans of fp16all, which come again
     notes: list[str] = []
+    ran = False
     for wanted in [precision] if precision is not None else list(bundle.manifest.variants):
         found = list(_choices(bundle, device, wanted))
+        ran = ran or any(choice.plans for choice in found)
         runs |= {f"{choice.title} {choice.precision}": _real(bundle, choice) for choice in found}
         missing = simulation_lacks()
         if found:
@@ -149,6 +152,11 @@ def _runs(
             raise missing
         else:
             notes.append(f"{wanted} was not measured: {missing.message}; {missing.hint}")
+    plans = bundle.manifest.plans
+    if plans and not ran:
+        reasons = {name: backends.status(name).reason for name in sorted({plan.backend for plan in plans})}
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        notes.append(f"{len(plans)} plans were not run ({why})")
     return list(runs.values()), tuple(notes)
 
 

@@ -33,6 +33,7 @@ from bundles_made import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clip_export import bundle as bundle_module
 from clip_export.bundle import MAX_MANIFEST_BYTES, Bundle, Plan, Provenance, replace_refusal, write_manifest
 from clip_export.errors import (
     BundleError,
@@ -721,6 +722,30 @@ def test_a_cut_manifest_is_noticed(pristine: Path, data: st.DataObject) -> None:
             Bundle.open(pristine)
     finally:
         (pristine / "manifest.json").write_bytes(content)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_opened_again(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, new = tmp_path / "a", tmp_path / "new"
+    shutil.copytree(pristine, path)
+    shutil.copytree(pristine, new)
+    real = bundle_module.parse_manifest
+
+    def replaced_meanwhile(data: bytes) -> Any:
+        if new.exists():
+            path.rename(tmp_path / "old")
+            (tmp_path / "old" / "stranger.onnx").touch()
+            new.rename(path)
+            shutil.rmtree(tmp_path / "old")
+            raise BundleIntegrityError("a file is missing")
+        return real(data)
+
+    monkeypatch.setattr(bundle_module, "parse_manifest", replaced_meanwhile)
+    assert Bundle.open(path).spec == SPEC
+    (path / "stranger.onnx").touch()
+    with pytest.raises(BundleIntegrityError, match="stranger"):  # one that is simply damaged is not tried again
+        Bundle.open(path)
 
 
 def test_a_copy_is_a_bundle(pristine: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_the_report_says_what_stayed_fp32_and_how_close_it_is(half_bundle: Path)
 def test_verify_runs_every_precision_and_says_how(half_bundle: Path) -> None:
     found = clip_export.verify(half_bundle)
     assert found.passed
-    assert found.notes == ()
+    assert [note.split(":")[0] for note in found.notes] == ["4 plans were not run (tensorrt-rtx"]
     engines = {row.precision: row.engine for row in found.rows}
     assert engines == {
         "fp32": "onnxruntime, cpu",
@@ -353,8 +353,8 @@ def test_no_bundle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"jobs": 0}, "expected jobs of at least 1, found 0"),
-        ({"workspace_mib": 0}, "expected a workspace in MiB of at least 1, found 0"),
+        ({"jobs": 0}, "expected jobs from 1 to 1024, found 0"),
+        ({"workspace_mib": 0}, "expected a workspace in MiB from 1 to 100000000, found 0"),
         ({"optimization_level": 6}, "expected an optimization level from 0 to 5, found 6"),
         ({"batches": (0,)}, "expected a batch profile from 1 to 4096, found 0"),
     ],
@@ -418,6 +418,23 @@ def test_the_fallback_is_for_plans_that_do_not_open_as_well(half_bundle: Path, m
         clip_export.load(half_bundle, backend="tensorrt-rtx", fallback="onnxruntime") as clip,
     ):
         assert clip.engine == "onnxruntime, cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "nope"}, "there is no backend 'nope'"),
+        ({"precision": "fp64"}, "holds no fp64 graphs, only fp16, fp16all, fp32"),
+        ({"device": ""}, "expected device cpu or cuda:N, found ''"),
+        ({"device": 0}, "expected device cpu or cuda:N, found 0"),
+    ],
+)
+def test_a_fallback_does_not_hide_a_mistake(half_bundle: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(clip_export.ClipExportError, match=message):
+        clip_export.load(half_bundle, **arguments)  # type: ignore[arg-type]
+    if "backend" in arguments:
+        with pytest.raises(BackendError, match=message):
+            clip_export.load(half_bundle, fallback="onnxruntime", **arguments)  # type: ignore[arg-type]
 
 
 def test_options_of_another_backend_are_refused(half_bundle: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_causal_attention_needs_a_batch_beyond_one(demo_bundle: Path, tmp_path
 def test_turing_multiplies_no_fp32(tmp_path: Path, plans: Path) -> None:
     graph = matmul_graph(tmp_path / "full.onnx", FLOAT)
     profiles = batches((1, 4, 8), shape=(WIDTH,))
-    words = ("no fp32 matrices on sm_75", "FP32 GEMM is not supported", "every layer in fp16")
+    words = ("no fp32 matrices on sm_75", "FP32 GEMM is not supported", "--precision fp16all")
     refused(PlanBuildError, graph, plans, *words, target="sm_75", profiles=profiles)
     assert build(graph, plans, "sm_86", profiles=profiles).attention is None
 

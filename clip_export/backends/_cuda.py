@@ -240,14 +240,14 @@ def _driver_version() -> str | None:
 def _no_driver() -> DeviceError:
     return DeviceError(
         "there is no NVIDIA driver on this machine: libcuda was not found",
-        hint="install the NVIDIA driver (in a container: start it with --gpus all), or use device cpu",
+        hint="install the NVIDIA driver (in a container: start it with --gpus all), or use backend onnxruntime",
     )
 
 
 def _no_gpu() -> DeviceError:
     return DeviceError(
         "the NVIDIA driver finds no GPU",
-        hint="check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: start it with --gpus all), or use device cpu",
+        hint="check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: start it with --gpus all), or use backend onnxruntime",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from clip_export.errors import BackendError, DeviceError, PlanBuildError
 from clip_export.output_file import reason
 
 MIB = 1024 * 1024
+_EXPECTED = re.compile("Unused Input|RemoveDeadLayers")
 _ATTENTION = "ATTENTION_OUTPUT"  # the layer type that the operator leaves in a parsed network
 
 
@@ -245,7 +247,9 @@ class Compilation:
         )
 
     def _warnings(self) -> tuple[str, ...]:
-        warned = (readable(text) for severity, text in self._logger.messages if severity == "WARNING")
+        messages = [text for severity, text in self._logger.messages if severity == "WARNING"]
+        # Hidden states alone need no end of text: that input is there, and is not used.
+        warned = [readable(text) for text in messages if not _EXPECTED.search(text)]
         return tuple(dict.fromkeys((*self._notes, *warned)))
 
 

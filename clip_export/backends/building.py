@@ -103,6 +103,8 @@ class EngineOptions:
     specialization: Literal["lazy", "eager", "none"] = "lazy"
 
     def __post_init__(self) -> None:
+        if type(self.allow_host_code) is not bool:  # a question of trust is not answered by whatever is not empty
+            raise InputError(f"expected allow_host_code True or False, found {self.allow_host_code!r}")
         if type(self.max_contexts) is not int or self.max_contexts < 1:
             raise InputError(f"expected max_contexts of at least 1, found {self.max_contexts!r}")
         if self.specialization not in {"lazy", "eager", "none"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,28 +213,20 @@ def _plain(value: Any) -> Any:
 def _make(recipe: Recipe, *, force: bool) -> None:
     from clip_export.recipe import make
 
-    held = _plans(recipe.checkpoint)
-    started = time.perf_counter()
+    started, start_time = time.perf_counter(), time.time()
     with Bar() as progress:
         bundle = make(recipe, force=force, progress=progress)
     place = _shortest(bundle.path)
     total = size_text(sum(entry.size for entry in bundle.manifest.files.values()))
-    new = [plan for plan in bundle.manifest.plans if plan not in held]
+    # Files that were there before are shared with the bundle as it was, and are older.
+    new = [plan for plan in bundle.manifest.plans if bundle.plan_path(plan).stat().st_mtime >= start_time]
     if recipe.engine is not None and not new:
         say("the plans were there already; --force builds them again")
     say(f"built {' and '.join(bundle.manifest.spec.towers)} in {time.perf_counter() - started:.1f} s, {total}")
     for plan in new:
         say(_plan_line(bundle, plan))
-    say(f"next: clip-export verify {place}")
+    say(f"next: clip-export verify {shlex.quote(place)}")
     typer.echo(place)
-
-
-def _plans(checkpoint: str) -> tuple[Plan, ...]:
-    """Those that a bundle has before anything is added; none for a checkpoint."""
-    from clip_export import Bundle
-    from clip_export.recipe import is_bundle
-
-    return Bundle.open(checkpoint, check_files=False).manifest.plans if is_bundle(checkpoint) else ()
 
 
 def _plan_line(bundle: Bundle, plan: Plan) -> str:
