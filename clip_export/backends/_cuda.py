@@ -247,7 +247,7 @@ def _no_driver() -> DeviceError:
 def _no_gpu() -> DeviceError:
     return DeviceError(
         "the NVIDIA driver finds no GPU",
-        hint="check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: start it with --gpus all), or use backend onnxruntime",
+        hint="check nvidia-smi and CUDA_VISIBLE_DEVICES (in a container: --gpus all), or use backend onnxruntime",
     )
 
 
