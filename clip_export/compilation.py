@@ -21,6 +21,7 @@ from pathlib import Path
 from clip_export import backends
 from clip_export.backends.building import BuildReport, BuildRequest
 from clip_export.errors import InputError, UnsupportedOperatorError
+from clip_export.graph.primitives import prepare
 from clip_export.plans import AMPERE_PLUS, Plan
 from clip_export.progress import Progress
 from clip_export.publish import discard
@@ -121,8 +122,6 @@ class _Build:
 
     def _compile(self, *, primitive: bool, step: Progress) -> Plan:
         options, plan = self._options, self._job.plan
-        from clip_export.graph.primitives import prepare
-
         folder = Path(tempfile.mkdtemp(dir=self._work))
         graph = prepare(self._job.graph, folder / self._job.graph.name, primitive=primitive)
         path = self._directory / plan.file

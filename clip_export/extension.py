@@ -6,7 +6,6 @@ accuracy contract is not published, and no plan is built from it. What the bundl
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from clip_export.bundle import Bundle, Graph, write_manifest
 from clip_export.choice import of_plans
 from clip_export.compilation import Job, PlanOptions, compile_plans
 from clip_export.errors import InputError, MissingDependencyError
+from clip_export.graph.files import missing
 from clip_export.manifest import REPORT
 from clip_export.plans import NORMALIZED, Plan, plan_folder
 from clip_export.progress import Progress, silent
@@ -100,9 +100,9 @@ def find_targets(engine: str | None, gpus: Sequence[str], precision: str, option
 
 
 def _require_onnx() -> None:
-    missing = [name for name in ("onnx", "onnx_ir", "ml_dtypes") if importlib.util.find_spec(name) is None]
-    if missing:
-        message = f"changing graphs needs {', '.join(missing)}, not installed here"
+    lacking = missing("onnx", "onnx_ir", "ml_dtypes")
+    if lacking:
+        message = f"changing graphs needs {', '.join(lacking)}, not installed here"
         raise MissingDependencyError(message, hint="pip install 'clip-export[tensorrt-rtx]', or onnx onnx-ir ml-dtypes")
 
 
@@ -116,10 +116,10 @@ def _variant(target: Target, precision: str) -> str:
 
 
 def _towers(bundle: Bundle, asked: Sequence[Tower] | None) -> tuple[Tower, ...]:
-    missing = set(asked or ()) - set(bundle.spec.towers)
-    if missing:
+    unknown = set(asked or ()) - set(bundle.spec.towers)
+    if unknown:
         held = " and ".join(bundle.spec.towers)
-        raise InputError(f"{bundle.path} has no {' and '.join(sorted(missing))} tower, only {held}")
+        raise InputError(f"{bundle.path} has no {' and '.join(sorted(unknown))} tower, only {held}")
     return tuple(tower for tower in bundle.spec.towers if asked is None or tower in asked)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.util
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from clip_export.checkpoints import Checkpoint, Options, read
 from clip_export.encoder import Encoder
 from clip_export.errors import InputError, MissingDependencyError
 from clip_export.golden import Golden, ImageGolden, TextGolden, golden_images, golden_texts
+from clip_export.graph.files import missing
 from clip_export.manifest import GOLDEN, REPORT, TOKENIZER
 from clip_export.preprocess import preprocess_versions
 from clip_export.progress import Progress, silent
@@ -233,10 +233,10 @@ def _checked(towers: Sequence[Tower]) -> tuple[Tower, ...]:
 
 def _versions() -> dict[str, str]:
     """What the numbers of a build depend on. Raises before minutes of work, not after, where something is missing."""
-    missing = [name for name in ("torch", "onnx", "onnx_ir", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
+    lacking = missing("torch", "onnx", "onnx_ir", "onnxscript")
+    if lacking:
         raise MissingDependencyError(
-            f"building needs {', '.join(missing)}, not installed here", hint="pip install 'clip-export[export,cpu]'"
+            f"building needs {', '.join(lacking)}, not installed here", hint="pip install 'clip-export[export,cpu]'"
         )
     # The backend is asked, not its distribution: that of onnxruntime may also be called onnxruntime-gpu.
     backend = backends.status(backends.choose(PROOF_BACKEND))

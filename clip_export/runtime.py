@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import tempfile
 import warnings
@@ -21,6 +20,8 @@ from clip_export.choice import GRAPHS, Choice, choose
 from clip_export.encoder import Encoder, OnDevice
 from clip_export.errors import BackendError, BundleError, BundleIntegrityError, InputError, MissingDependencyError
 from clip_export.golden import Golden
+from clip_export.graph.files import missing
+from clip_export.graph.primitives import prepare
 from clip_export.manifest import REBUILD
 from clip_export.plans import Plan
 from clip_export.preprocess import Preprocessor, preprocess_versions
@@ -150,12 +151,10 @@ def _open_plan(bundle: Bundle, device: str, plan: Plan, options: EngineOptions) 
 
 def _prepared(bundle: Bundle, plan: Plan, work: Path) -> Path:
     """The graph as it was compiled: the bundle's, with what the compiler's own form of it adds."""
-    missing = [name for name in ("onnx", "onnx_ir") if importlib.util.find_spec(name) is None]
-    if missing:
-        message = f"{plan.file} has no weights, and taking those of its graph needs {' and '.join(missing)}"
+    lacking = missing("onnx", "onnx_ir")
+    if lacking:
+        message = f"{plan.file} has no weights, and taking those of its graph needs {' and '.join(lacking)}"
         raise MissingDependencyError(message, hint="pip install onnx onnx-ir")
-    from clip_export.graph.primitives import prepare
-
     graph = bundle.graph_path(plan.tower, plan.precision)
     return prepare(graph, work / graph.name, primitive=plan.options.get("attention") == "primitive")
 

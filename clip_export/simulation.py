@@ -6,7 +6,6 @@ derived from the half graph itself: precision/simulate.py.
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from clip_export.bundle import Bundle
 from clip_export.choice import GRAPHS, Choice
 from clip_export.encoder import Encoder
 from clip_export.errors import MissingDependencyError
+from clip_export.graph.files import missing
 from clip_export.runtime import assemble
 from clip_export.spec import Tower
 
@@ -46,8 +46,8 @@ def simulated(bundle: Bundle, precision: str) -> Iterator[Encoder]:
 
 def simulation_lacks() -> MissingDependencyError | None:
     """The error that `simulated` raises here for want of a package, None where nothing is missing."""
-    missing = [name for name in ("onnx", "onnx_ir") if importlib.util.find_spec(name) is None]
-    if not missing:
+    lacking = missing("onnx", "onnx_ir")
+    if not lacking:
         return None
-    message = f"simulating it on the CPU needs {' and '.join(missing)}, not installed here"
+    message = f"simulating it on the CPU needs {' and '.join(lacking)}, not installed here"
     return MissingDependencyError(message, hint="pip install onnx onnx-ir, or run it on a GPU that a plan fits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 
 # Above this size weights go beside the graph: a protobuf ends at 2 GiB, and a file of its own can be mapped.
 EXTERNAL_DATA_BYTES = 64 * 2**20
+
+
+def missing(*modules: str) -> list[str]:
+    """Those of `modules`, which work on graphs, that are not installed here."""
+    return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
 def save(model: ir.Model, path: Path) -> None:
