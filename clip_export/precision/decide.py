@@ -35,6 +35,7 @@ from clip_export.precision.fits import (
     tensor_misfit,
     weights_misfit,
 )
+from clip_export.precision.linears import in_scopes
 from clip_export.precision.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class _Judge:
         if self.everything and node.op_type in PRODUCTS:
             return None
         name = str(node.name)
-        if any(name == scope or name.startswith((f"{scope}/", f"{scope}.")) for scope in self.keep):
+        if in_scopes(name, self.keep):
             return "asked"
         known = node.op_type in ELEMENTWISE or node.op_type in PRODUCTS or node.op_type in MOVES
         return None if known else "operator"
