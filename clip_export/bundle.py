@@ -26,6 +26,7 @@ from clip_export.manifest import (
     REPORT,
     SCHEMA_VERSION,
     TOKENIZER,
+    Contract,
     FileEntry,
     Graph,
     Manifest,
@@ -193,6 +194,7 @@ def write_manifest(
     spec: ModelSpec,
     provenance: Provenance,
     variants: Mapping[str, Mapping[Tower, Graph]],
+    contracts: Mapping[str, Contract] | None = None,
     plans: Iterable[Plan] = (),
     known: Bundle | None = None,
 ) -> Manifest:
@@ -210,6 +212,7 @@ def write_manifest(
             spec=spec,
             provenance=provenance,
             variants={precision: dict(graphs) for precision, graphs in variants.items()},
+            contracts=dict(contracts or {}),
             plans=tuple(sorted(plans, key=lambda plan: plan.file)),
             files=_entries(directory, names, known),
         )

@@ -29,6 +29,7 @@ __all__ = [
     "REPORT",
     "SCHEMA_VERSION",
     "TOKENIZER",
+    "Contract",
     "FileEntry",
     "Graph",
     "Manifest",
@@ -39,7 +40,7 @@ __all__ = [
     "parse_manifest",
 ]
 
-SCHEMA_VERSION = 2  # what is written; 1 had no plans, and is still read
+SCHEMA_VERSION = 3  # what is written; 1 had no plans, 2 no contracts, and both are still read
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -115,11 +116,26 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """What a quantized precision was held to when it was made: the least cosine to the fp32 reference.
+
+    `kept` is False where it missed that, and was published because somebody said to.
+    """
+
+    min_cosine: float
+    kept: bool = True
+
+    def __post_init__(self) -> None:
+        _require(-1 <= self.min_cosine <= 1, f"a contract cannot ask for a cosine of {self.min_cosine}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The whole of manifest.json, save its own digest.
 
-    `variants` is precision -> tower -> graph; `plans` are engines compiled from these graphs; `files` is path -> entry
-    for every file beside the manifest. Raises SpecError where they contradict each other or the spec.
+    `variants` is precision -> tower -> graph; `contracts` is precision -> contract for those that were built to one of
+    their own; `plans` are engines compiled from these graphs; `files` is path -> entry for every file beside the
+    manifest. Raises SpecError where they contradict each other or the spec.
     """
 
     schema_version: int
@@ -127,6 +143,7 @@ class Manifest:
     spec: ModelSpec
     provenance: Provenance
     variants: dict[str, dict[Tower, Graph]]
+    contracts: dict[str, Contract] = dataclasses.field(default_factory=dict)
     plans: tuple[Plan, ...] = ()
     files: dict[str, FileEntry]
 
@@ -155,6 +172,8 @@ class Manifest:
         covered = {tower for graphs in self.variants.values() for tower in graphs}
         same = covered == set(self.spec.towers)
         _require(same, f"variants hold {_names(covered)}, the spec has {_names(self.spec.towers)}")
+        unknown = sorted(self.contracts.keys() - self.variants.keys())
+        _require(not unknown, f"contracts: {', '.join(map(repr, unknown))} is none of the variants")
         causal = self.spec.text is not None and self.spec.text.causal
         for precision, graphs in self.variants.items():
             _require(re.fullmatch("[a-z0-9]+", precision) is not None, f"variants: {precision!r} is not a precision")
@@ -211,17 +230,22 @@ def parse_manifest(data: bytes) -> Manifest:
     _check_digest(data)
     del plain["sha256"]
     try:
-        _check_plans_key(plain)
+        _check_keys(plain)
+        plain.setdefault("contracts", {})
         return from_dict(Manifest, plain, where=MANIFEST)
     except (SpecError, InputError) as error:  # the second is of a ShapeRange that is none
         raise BundleSchemaError(_printable(str(error)), hint=REBUILD) from error
 
 
-def _check_plans_key(plain: Mapping[str, Any]) -> None:
-    """Schema 2 has the key, schema 1 has not: a manifest that mixes them was written by nobody."""
-    version, present = plain["schema_version"], "plans" in plain
-    _require(present or version < 2, f"{MANIFEST}: missing key plans")
-    _require(not present or version >= 2, f"{MANIFEST}: unknown key plans, which schema {version} does not have")
+_SINCE = {"plans": 2, "contracts": 3}  # key -> the schema that brought it
+
+
+def _check_keys(plain: Mapping[str, Any]) -> None:
+    """A schema has all of its keys and none of a later one: a manifest that mixes them was written by nobody."""
+    version = plain["schema_version"]
+    for key, since in _SINCE.items():
+        _require(key in plain or version < since, f"{MANIFEST}: missing key {key}")
+        _require(key not in plain or version >= since, f"{MANIFEST}: unknown key {key}, which schema {version} has not")
 
 
 def json_object(data: bytes, *, where: str) -> dict[str, Any]:
