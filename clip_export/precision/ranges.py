@@ -2,6 +2,9 @@
 
 The graph runs with a maximum and a minimum after every float tensor, and only these come out: memory does not grow with
 the number of tensors, and a graph of a gigabyte needs one copy of its weights, the engine's.
+
+`measure` is all that a caller needs. `Recorder` and `open_session` are its parts, for a pass that asks the same graph
+for more in the same run (`calibrate`).
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ class Ranges:
         return self.channels[tensor]
 
     def largest(self, tensor: str) -> float:
-        """The largest absolute value of `tensor`; not a number where one was among its values."""
+        """The largest absolute value of `tensor`; infinite where it overflowed.
+
+        A value that is not a number may go unseen: ONNX Runtime's maxima pass over most of them.
+        """
         return float(self.of(tensor).max(initial=0.0))
 
     def typical(self, tensor: str) -> float:
@@ -61,18 +67,38 @@ def measure(path: Path, feeds: Iterable[Feeds], *, progress: Progress = silent) 
     import onnx_ir
 
     model = onnx_ir.load(path)
-    probes = _instrument(model)
-    session = _session(model, path.parent)
-    merged: dict[str, np.ndarray] = {}
+    recorder = Recorder(model)
+    session = open_session(model, path.parent)
     count = 0
     for count, batch in enumerate(feeds, start=1):
         progress("measure the ranges", count, 0)
-        names = [output.name for output in session.get_outputs()]
-        _merge(merged, probes, dict(zip(names, session.run(names, dict(batch)), strict=True)))
+        recorder.add(run(session, batch))
     if not count:
         raise InputError("expected inputs to measure ranges on, found none", hint="give at least one batch")
-    scores = {name: float(merged[key].max(initial=0.0)) for name, key in probes.scores.items()}
-    return Ranges(channels={name: merged[name] for name in probes.tensors}, scores=scores)
+    return recorder.ranges()
+
+
+class Recorder:
+    """The ranges of a graph while it runs, merged batch by batch.
+
+    Puts probes into `model`, whose outputs they replace, and opens its attention to get at the scores. More outputs may
+    be added after that.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._probes = _instrument(model)
+        self._merged: dict[str, np.ndarray] = {}
+
+    def add(self, outputs: Mapping[str, np.ndarray]) -> None:
+        """Take in what one run of the graph gave, by output name."""
+        for name, (low, high) in self._probes.ends.items():
+            largest = np.atleast_1d(np.maximum(np.abs(outputs[low]), np.abs(outputs[high])))
+            self._merged[name] = np.maximum(self._merged[name], largest) if name in self._merged else largest
+
+    def ranges(self) -> Ranges:
+        """The ranges over all that was added, which is one run at least."""
+        scores = {name: float(self._merged[key].max(initial=0.0)) for name, key in self._probes.scores.items()}
+        return Ranges(channels={name: self._merged[name] for name in self._probes.tensors}, scores=scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +160,7 @@ def _axes(graph: ir.Graph, count: int, known: dict[int, ir.Value]) -> ir.Value:
     return known[count]
 
 
-def _session(model: ir.Model, directory: Path) -> Any:
+def open_session(model: ir.Model, directory: Path) -> Any:
     """A session on `model` as it is in memory; weights beside the graph are read from `directory`, not copied."""
     import onnx_ir
 
@@ -157,7 +183,7 @@ def _session(model: ir.Model, directory: Path) -> Any:
     return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 
 
-def _merge(merged: dict[str, np.ndarray], probes: _Probes, outputs: Mapping[str, np.ndarray]) -> None:
-    for name, (low, high) in probes.ends.items():
-        largest = np.atleast_1d(np.maximum(np.abs(outputs[low]), np.abs(outputs[high])))
-        merged[name] = np.maximum(merged[name], largest) if name in merged else largest
+def run(session: Any, batch: Feeds) -> dict[str, np.ndarray]:
+    """All outputs of `session` on one batch, by name."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(batch)), strict=True))
