@@ -1,11 +1,19 @@
-"""Checkpoints that do the same as another one and are hard on half precision: weights scaled here, unscaled there.
+"""Checkpoints that do the same as another one and are hard on few bits: weights scaled here, unscaled there.
 
 Each hardening is exact in real numbers (residual: but for the epsilon of LayerNormalization), so the fp32 tower gives
-what it gave. They work on Hugging Face checkpoints of one safetensors file.
+what it gave. They work on Hugging Face checkpoints of one safetensors file, and write fp32.
 
 overflow   gamma and beta of norms times up to 1e5 on every fourth channel, the next linear layer divided by the same
 underflow  gamma and beta of the first norms times 3000, values times 1e-4: the weights of the values are near 1e-9
 residual   the whole residual stream times 2e5
+
+Those are hard on half precision, this one on 8 bits:
+
+outliers   every twentieth channel, two at least, of both norms and of the values times 10 to 100, what reads them
+           divided by the same: half holds that, one 8-bit scale for all channels does not
+
+Real CLIPs also have residual channels that are far from zero for every input. A LayerNormalization takes the mean and
+the variance of all channels together, so a constant on one of them changes all others: no such shift is exact.
 """
 
 from __future__ import annotations
@@ -18,7 +26,8 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-Hardening = Literal["overflow", "underflow", "residual"]
+Hardening = Literal["overflow", "underflow", "residual", "outliers"]
+# Those that break a half precision graph.
 HARDENINGS: tuple[Hardening, ...] = ("overflow", "underflow", "residual")
 
 State = dict[str, torch.Tensor]
@@ -30,9 +39,10 @@ def harden(source: Path, target: Path, hardening: Hardening) -> Path:
     """Copy the checkpoint at `source` to `target` with hardened weights; returns `target`."""
     shutil.copytree(source, target)
     state = load_file(target / "model.safetensors")
-    hardened = {name: tensor.clone() for name, tensor in state.items()}
+    hardened = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    change = {"overflow": _overflow, "underflow": _underflow, "residual": _residual_layer, "outliers": _outliers}
     for layer in sorted({match[0] for name in state if (match := re.match(r".*encoder\.layers\.\d+", name))}):
-        {"overflow": _overflow, "underflow": _underflow, "residual": _residual_layer}[hardening](hardened, layer)
+        change[hardening](hardened, layer)
     if hardening == "residual":
         _residual_start(hardened)
     save_file({name: tensor.contiguous() for name, tensor in hardened.items()}, target / "model.safetensors")
@@ -52,6 +62,17 @@ def _underflow(state: State, layer: str) -> None:
     for part in ("weight", "bias"):
         state[f"{layer}.self_attn.v_proj.{part}"] *= 1e-4
     state[f"{layer}.self_attn.out_proj.weight"] /= 1e-4
+
+
+def _outliers(state: State, layer: str) -> None:
+    scale = torch.ones_like(state[f"{layer}.layer_norm1.weight"])
+    channels = torch.arange(3, len(scale), len(scale) // max(2, len(scale) // 20))
+    scale[channels] = torch.logspace(1, 2, len(channels))
+    for norm, linears in (("layer_norm1", _FIRST), ("layer_norm2", ("mlp.fc1",))):
+        _scale_norm(state, f"{layer}.{norm}", [f"{layer}.{linear}" for linear in linears], scale)
+    state[f"{layer}.self_attn.v_proj.weight"] *= scale[:, None]
+    state[f"{layer}.self_attn.v_proj.bias"] *= scale
+    state[f"{layer}.self_attn.out_proj.weight"] /= scale
 
 
 _RESIDUAL = 2e5
