@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_pictures import calibration_scenes, write_calibration
 from scenes import COLOURS, SHAPES, Scene, all_scenes, caption, class_prompts, is_held_out, render
 
 import clip_export
 from clip_export.bundle import Bundle
 from clip_export.encoder import Encoder
+from clip_export.pairs import find_pairs
+from clip_export.retrieval import recall_at
 
 DEMO = Path(clip_export.__file__).parent / "demo"
 GROUP, GROUPS = 64, 6
@@ -95,3 +101,37 @@ def test_training_and_held_out_scenes_share_no_description() -> None:
     assert len(set(scenes)) == len(scenes)
     held_out = sum(map(is_held_out, scenes))
     assert 0.08 < held_out / len(scenes) < 0.12
+
+
+def test_a_calibration_set_is_held_out_pairs_that_the_checkpoint_matches(clip: Encoder, tmp_path: Path) -> None:
+    write_calibration(tmp_path, 64, seed=0)
+    scenes = calibration_scenes(64, seed=0)
+    assert all(map(is_held_out, scenes))
+    assert len(set(scenes)) == 64
+    pairs = find_pairs(tmp_path)
+    assert pairs is not None and len(pairs.files) == 64
+    assert {file.name for file in pairs.files} | {"captions.jsonl"} == {path.name for path in tmp_path.iterdir()}
+    for text, scene in zip(pairs.captions, scenes, strict=True):
+        assert scene.colour in text and scene.shape in text and scene.background in text
+    found = recall_at(clip.encode_image(pairs.files), clip.encode_text(pairs.captions))
+    assert min(found.image_to_text, found.text_to_image) >= 0.8
+
+
+def test_a_calibration_set_hangs_on_its_seed_alone(tmp_path: Path) -> None:
+    def digest(directory: Path) -> str:
+        files = sorted(directory.iterdir())
+        return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+    script = Path(__file__).parents[1] / "examples" / "demo_pictures.py"
+    command = [sys.executable, str(script), "--calibration", "5", "--out", str(tmp_path / "command")]
+    subprocess.run(command, check=True)
+    for name, seed in (("same", 0), ("other", 1)):
+        write_calibration(tmp_path / name, 5, seed)
+    assert digest(tmp_path / "command") == digest(tmp_path / "same") != digest(tmp_path / "other")
+    without = subprocess.run(command[:4], check=False, capture_output=True, text=True)
+    assert without.returncode == 2 and "--calibration needs --out" in without.stderr
+
+
+def test_a_calibration_set_larger_than_what_is_held_out() -> None:
+    with pytest.raises(ValueError, match="100000 scenes, expected 1 to"):
+        calibration_scenes(100_000, seed=0)

@@ -1,0 +1,177 @@
+"""Images with their captions, from a folder: what calibration and recall are measured on.
+
+A folder of pairs has one of two files, in UTF-8, one line a pair:
+
+    captions.csv      a header with the columns file and caption (others are passed over), then rows; quotes as in
+                      spreadsheets, so that a caption may hold commas and line breaks
+    captions.jsonl    {"file": "cat.jpg", "caption": "a cat on a mat"}
+
+Files are relative to the folder and inside it (a link is followed). A file may have several captions, and several files
+the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_export.errors import InputError
+
+__all__ = ["Pairs", "find_pairs", "hold_out"]
+
+_CSV, _JSONL = "captions.csv", "captions.jsonl"
+_COLUMNS = ("file", "caption")
+_JSON_HINT = 'write one object a line: {"file": "cat.jpg", "caption": "a cat on a mat"}'
+_CSV_HINT = "write the header file,caption, then one row a picture; put a caption with commas in double quotes"
+_FILE_HINT = "check the name, or remove the line"
+_UTF8_HINT = "convert the file to UTF-8, for instance: iconv -f latin1 -t utf-8 FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Images and what they show: caption i is that of file i. Files are paths with the folder in front."""
+
+    files: tuple[Path, ...]
+    captions: tuple[str, ...]
+
+
+class _Row(NamedTuple):
+    line: int  # where it starts, from 1
+    file: str
+    caption: str
+
+
+def find_pairs(folder: Path) -> Pairs | None:
+    """The pairs of `folder`, in the order of its captions file; None where it has none.
+
+    Raises InputError, with file and line, for both captions files at once, for one that cannot be read, and for a line
+    that is malformed or repeated, has no caption, or names no file inside the folder.
+    """
+    readers: dict[str, Callable[[Path, str], Iterator[_Row]]] = {_CSV: _csv_rows, _JSONL: _json_rows}
+    there = [name for name in readers if os.path.lexists(folder / name)]
+    if not there:
+        return None
+    if len(there) > 1:
+        raise InputError(f"{folder} has both {_CSV} and {_JSONL}, expected one", hint="remove one of them")
+    path = folder / there[0]
+    lines: dict[tuple[Path, str], int] = {}
+    for row in readers[path.name](path, _text(path)):
+        pair = _file(path, row), row.caption
+        if not row.caption.strip():
+            raise _error(path, row.line, f"the caption of {_short(row.file)} is empty", "write one, or remove the line")
+        if pair in lines:
+            raise _error(path, row.line, f"the same file and caption as line {lines[pair]}", "remove one of them")
+        lines[pair] = row.line
+    if not lines:
+        raise InputError(f"{path} has no pairs", hint=_CSV_HINT if path.name == _CSV else _JSON_HINT)
+    return Pairs(files=tuple(file for file, _ in lines), captions=tuple(caption for _, caption in lines))
+
+
+def hold_out(count: int, share: float = 0.25, most: int = 256) -> npt.NDArray[np.bool_]:
+    """Which of `count` items are held out, bool [count]: `share` of them, at most `most`, spread evenly.
+
+    By position alone, so the same on every machine and whatever the items are; sorted items are held out in their
+    proportions. Of two items or more, at least one is on each side. Raises ValueError for a share outside 0 to 1.
+    """
+    if not 0 < share < 1 or most < 1:
+        raise ValueError(f"a share of {share} and at most {most}, expected between 0 and 1, and at least 1")
+    held: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
+    if count >= 2:
+        wanted = min(max(round(count * share), 1), count - 1, most)
+        # The middles of `wanted` equal parts, in whole numbers: distinct, since a part has at least one item.
+        held[(2 * np.arange(wanted) + 1) * count // (2 * wanted)] = True
+    return held
+
+
+def _text(path: Path) -> str:
+    """What the file holds, without a byte-order mark."""
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", hint="check the file") from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _error(path, line, f"not UTF-8: byte 0x{data[error.start]:02x}", _UTF8_HINT) from error
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        line = rows.line_num + 1  # a row may take several
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise _error(path, line, f"malformed: {error}", _CSV_HINT) from error
+        if row is None:
+            return
+        if not row:
+            continue  # an empty line, as at the end of many files
+        if header is None:
+            header = _header(path, line, row)
+            continue
+        if len(row) != len(header):
+            fields = f"{len(row)} field{'s' * (len(row) > 1)}"
+            raise _error(path, line, f"{fields}, expected {len(header)} as in the header", _CSV_HINT)
+        yield _Row(line, *(row[header.index(column)] for column in _COLUMNS))
+
+
+def _header(path: Path, line: int, row: list[str]) -> list[str]:
+    if any(row.count(column) != 1 for column in _COLUMNS):
+        raise _error(
+            path, line, f"expected a header with the columns file and caption, found {','.join(row)}", _CSV_HINT
+        )
+    return row
+
+
+def _json_rows(path: Path, text: str) -> Iterator[_Row]:
+    for number, line in enumerate(text.split("\n"), start=1):  # no other break: JSON may hold U+2028 as it is
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _error(path, number, f"not JSON: {error}", _JSON_HINT) from error
+        values = fields if isinstance(fields, dict) else {}
+        file, caption = values.get("file"), values.get("caption")
+        if not (isinstance(file, str) and isinstance(caption, str)):
+            raise _error(path, number, 'expected an object with the strings "file" and "caption"', _JSON_HINT)
+        yield _Row(number, file, caption)
+
+
+def _file(path: Path, row: _Row) -> Path:
+    """The file that the row names, with the folder in front. Raises InputError for what is not inside the folder."""
+    named = Path(row.file)
+    if not row.file.strip():
+        raise _error(path, row.line, "the file name is empty", "write one, or remove the line")
+    if named.anchor or ".." in named.parts:
+        hint = "name files inside the folder, relative to it"
+        raise _error(path, row.line, f"{_short(row.file)} is outside {path.parent}", hint)
+    found = path.parent / named
+    try:
+        there = found.is_file()
+    except OSError:  # such as a name that is too long; False for what can be no name at all
+        there = False
+    if not there:
+        raise _error(path, row.line, f"{_short(row.file)} is not a file in {path.parent}", _FILE_HINT)
+    return found
+
+
+def _short(name: str) -> str:
+    """The name in quotes, with what cannot be printed escaped, and at most 80 characters of it."""
+    return repr(name if len(name) <= 80 else f"{name[:79]}…")
+
+
+def _error(path: Path, line: int, message: str, hint: str) -> InputError:
+    return InputError(f"{path}, line {line}: {message}", hint=hint)
