@@ -24,7 +24,8 @@
     │   └── DeviceError                no GPU, no driver, or not enough of its memory
     ├── MissingDependencyError     a package is needed that is not installed
     ├── SpecError                  a spec has an unknown key, lacks one, or holds an impossible value
-    └── ContractError              the accuracy contract is not met
+    ├── ContractError              the accuracy contract is not met
+    └── SpeedError                 a precision that does not pay: it is not faster than what it replaces
 
 Each carries `message` (what was expected and what was found) and `hint` (what to do next). The command line prints
 them as `error: …` and `hint: …` and exits with 1; anything else is a bug and keeps its traceback.
@@ -143,3 +144,7 @@ class SpecError(ClipExportError):
 
 class ContractError(ClipExportError):
     """The accuracy contract is not met."""
+
+
+class SpeedError(ClipExportError):
+    """A precision does not pay: it is not faster than what it replaces; the message has the measured times."""
