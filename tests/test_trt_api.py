@@ -48,6 +48,7 @@ TYPES = {
 # Of our own on TensorRT's objects, or only in full TensorRT: with the reason.
 ELSEWHERE = {
     ("ILogger", "messages"): "ours: what Library.logger() has collected",
+    ("ILogger", "layers"): "ours: the list of an engine's layers, from the log",
     ("BuilderFlag", "FP16"): "only in TensorRT 10: where it is, networks may be weakly typed",
 }
 # Looked up by a name that is made at run time: every name it can be.

@@ -15,6 +15,7 @@ from typing import Any
 
 from clip_export.backends._trt_errors import Attempt, ParseFailure, compile_error, parse_error, readable
 from clip_export.backends._trt_inspect import Layer, attention_sites, onnx_node, unfused
+from clip_export.backends._trt_layers import find_low_precision, quantized_products, read_inspector, read_log
 from clip_export.backends._trt_library import Library
 from clip_export.backends._trt_phases import Phases
 from clip_export.backends._trt_profiles import check_profiles
@@ -69,6 +70,7 @@ class Compilation:
         check_profiles(self._inputs(), request.profiles)
         self._layers = [_layer_of(network.get_layer(index)) for index in range(network.num_layers)]
         self._sites = attention_sites(self._layers)
+        self._products = quantized_products(self._layers)
         if request.require_fused_attention:
             self._check_provable()
 
@@ -87,7 +89,10 @@ class Compilation:
         return host_memory
 
     def examine(self, plan: Any) -> dict[str, Any]:
-        """What is known of the plan, as fields of BuildReport. Raises PlanBuildError where attention is not fused."""
+        """What is known of the plan, as fields of BuildReport.
+
+        Raises PlanBuildError where attention is not fused, though required, or nothing that is quantized runs so.
+        """
         found: dict[str, Any] = {"attention": None, "unfused": ()}
         if self._target.gpu is not None:
             found.update(self._inspect(plan))
@@ -99,6 +104,7 @@ class Compilation:
             found["attention"] = "operator"
         if self._request.require_fused_attention and found["attention"] is None:
             raise self._not_fused(found["unfused"])
+        found.update(self._low_precision(found.get("inspector")))
         found["warnings"] = self._warnings()
         return found
 
@@ -121,7 +127,7 @@ class Compilation:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mib * MIB)
         if request.optimization_level is not None:
             config.builder_optimization_level = request.optimization_level
-        if self._target.gpu is not None:  # the details are for the inspector, which needs a GPU
+        if self._target.gpu is not None or self._products:  # for the inspector, and for the list of layers in the log
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         self._set_flags(config)
         self._set_compute_capability(config)
@@ -227,6 +233,13 @@ class Compilation:
         inspector = engine.create_engine_inspector()
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return {"inspector": text, "activation_bytes": _activation_bytes(engine)}
+
+    def _low_precision(self, inspector: str | None) -> dict[str, Any]:
+        layers = read_log(self._logger.layers) or read_inspector(inspector or "")
+        graph, profiles = self._request.graph.name, len(self._request.profiles)
+        found = find_low_precision(self._products, layers, graph=graph, profiles=profiles)
+        self._notes += [] if found.warning is None else [found.warning]
+        return {"low_precision": found.low_precision, "dequantized": found.dequantized}
 
     def _check_provable(self) -> None:
         graph, operators = self._request.graph.name, any(layer.type == _ATTENTION for layer in self._layers)

@@ -49,6 +49,11 @@ def onnx_node(metadata: str) -> str:
     return found[1] if found else ""
 
 
+def onnx_nodes(metadata: str) -> frozenset[str]:
+    """All ONNX nodes in the metadata of an engine's layer."""
+    return frozenset(_ONNX_NODE.findall(metadata))
+
+
 def attention_sites(layers: Sequence[Layer]) -> tuple[Site, ...]:
     """Every Softmax that has a MatMul before and after it. Masks, scales, casts and reshapes may lie between."""
     producer = {name: layer for layer in layers for name in layer.outputs}
@@ -84,17 +89,17 @@ def unfused(inspector: str, sites: Sequence[Site]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(site.scope for site in sites if not _is_fused(site, layers)))
 
 
-def _is_fused(site: Site, layers: Sequence[tuple[str, set[str]]]) -> bool:
+def _is_fused(site: Site, layers: Sequence[tuple[str, frozenset[str]]]) -> bool:
     wanted = {site.scores, site.softmax, site.values}
     together = any(wanted <= nodes for _, nodes in layers)
     alone = any(_GEMM.search(kind) and nodes & wanted and not wanted <= nodes for kind, nodes in layers)
     return together and not alone
 
 
-def _nodes(entry: dict[str, Any]) -> set[str]:
+def _nodes(entry: dict[str, Any]) -> frozenset[str]:
     if _OPAQUE.search(str(entry.get("Name", ""))) or entry.get("LayerType") == "Myelin":
-        return set()
-    return set(_ONNX_NODE.findall(str(entry.get("Metadata", ""))))
+        return frozenset()
+    return onnx_nodes(str(entry.get("Metadata", "")))
 
 
 def _nearest_matmul(start: Layer, neighbours: Callable[[Layer], list[Layer]]) -> Layer | None:
@@ -109,4 +114,4 @@ def _nearest_matmul(start: Layer, neighbours: Callable[[Layer], list[Layer]]) ->
     return None
 
 
-__all__ = ["Layer", "Site", "attention_sites", "onnx_node", "unfused"]
+__all__ = ["Layer", "Site", "attention_sites", "onnx_node", "onnx_nodes", "unfused"]

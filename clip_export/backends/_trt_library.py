@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clip_export.backends import Status
+from clip_export.backends._trt_layers import LIST_BEGINS
 from clip_export.backends.building import PORTABLE, PlanBackend, Target
 from clip_export.errors import ClipExportError, DeviceError, MissingDependencyError, PlanBuildError
 
@@ -94,17 +95,23 @@ class Library:
         return tuple(f"sm_{number}" for number in sorted(int(name.removeprefix("SM")) for name in named))
 
     def logger(self) -> Any:
-        """A new ILogger that prints nothing: what is worth a word is in its `messages`, as (severity, text)."""
+        """A new ILogger that prints nothing: what is worth a word is in its `messages`, as (severity, text).
+
+        `layers` is the last list of an engine's layers among what it was told, "" before there is one.
+        """
         trt = self.trt
 
         class Messages(trt.ILogger):  # type: ignore[name-defined, misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
                 self.messages: list[tuple[str, str]] = []
+                self.layers = ""
 
             def log(self, severity: Any, text: str) -> None:
                 if severity.name in _KEPT and len(self.messages) < LOG_LIMIT:
                     self.messages.append((severity.name, text))
+                elif severity.name == "VERBOSE" and text.startswith(LIST_BEGINS):  # one of thousands: no other is kept
+                    self.layers = text
 
         return Messages()
 

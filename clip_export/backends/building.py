@@ -119,6 +119,9 @@ class BuildReport:
     `compute_capability` that the plan is for. Where a GPU was at hand: `gpu` its name, `driver` and `cuda` versions,
     `activation_bytes` that one context needs per profile, `inspector` the JSON of EngineInspector. `attention` says how
     it is known that attention is fused ("operator": there is no other way to build it; "inspector"), or is None.
+
+    Of the graph's products whose operands are quantized, `low_precision` names those that run in 8 bits, or is None
+    where that is not known, and `dequantized` those that do not; both are empty for a graph without any.
     """
 
     seconds: float
@@ -128,6 +131,8 @@ class BuildReport:
     compute_capability: str
     attention: AttentionProof | None
     unfused: tuple[str, ...] = ()
+    low_precision: tuple[str, ...] | None = ()
+    dequantized: tuple[str, ...] = ()
     gpu: str | None = None
     driver: str | None = None
     cuda: str | None = None
