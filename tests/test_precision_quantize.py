@@ -16,12 +16,14 @@ from precision_made import TOWERS, Sample, chain, golden_sample, naive, rtx_buil
 
 from clip_export.errors import InputError
 from clip_export.graph import files
-from clip_export.precision.formats import FORMATS, FormatName
+from clip_export.precision.fits import HALF_TYPES
+from clip_export.precision.formats import FORMATS, FormatName, find_format
 from clip_export.precision.half import convert
 from clip_export.precision.linears import find_linears
 from clip_export.precision.quantize import (
     Quantized,
     QuantizedAttention,
+    needs_wide,
     quantizable,
     quantize,
     refusals,
@@ -191,6 +193,29 @@ def test_scales_of_weights_that_half_cannot_hold_are_refused(tmp_path: Path) -> 
     assert "has weights that dequantize to more than 65504" in found["fp8"]["2/MatMul"]
 
 
+def test_fp32_scales_hold_what_half_cannot(tmp_path: Path) -> None:
+    """Scales below half's smallest normal number, of activations and of weights; types stay half around the product."""
+    path = half_chain(tmp_path, normal(64, 64) * 0.002)
+    quantize(path, tmp_path / "q.onnx", {"0/MatMul": Quantized(format="int8", scale=1e-6, wide=True)})
+    graph = ir.load(tmp_path / "q.onnx").graph
+    (product,) = (node for node in graph if node.name == "0/MatMul")
+    for value in product.inputs:
+        node = value.producer()
+        assert node.op_type == "DequantizeLinear"
+        assert (node.inputs[1].dtype, value.dtype) == (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    with pytest.raises(InputError, match="float32's smallest normal number"):
+        quantize(path, tmp_path / "q.onnx", {"0/MatMul": Quantized(format="int8", scale=1e-39, wide=True)})
+
+
+def test_products_whose_sums_leave_half_before_their_scales_are_applied() -> None:
+    """Outputs of up to 100 from weights of up to 0.1: 100 / (0.1 / 127) is 127,000, and half ends at 65,504."""
+    weights = np.full((8, 4), 0.1, np.float32)
+    half, format_ = HALF_TYPES["fp16"], find_format("int8")
+    assert not needs_wide(weights, np.full(4, 10.0), format_, half)
+    assert needs_wide(weights, np.array([10.0, 10.0, 100.0, 10.0]), format_, half)
+    assert needs_wide(weights, np.array([10.0, np.nan, 10.0, 10.0]), format_, half)
+
+
 def test_the_same_input_gives_the_same_bytes_and_weights_go_beside_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +241,8 @@ def test_a_switched_mix_gives_the_bits_of_its_own_simulation(
 ) -> None:
     sample = golden_sample(tiny_bundle, tower)
     ranges = half_graph(sample, tmp_path / "h.onnx", keep=("projection",))
-    mix = mix_of(tmp_path / "h.onnx", ranges, format_)
+    plain = mix_of(tmp_path / "h.onnx", ranges, format_)
+    mix = {name: dataclasses.replace(each, wide=bool(index % 2)) for index, (name, each) in enumerate(plain.items())}
     attention = dict(list(attention_of(tmp_path / "h.onnx", ranges, format_).items())[:1])
     switchable(tmp_path / "h.onnx", tmp_path / "switches.onnx", mix, attention=attention)
     switched = Switched(tmp_path / "switches.onnx")
