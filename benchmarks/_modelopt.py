@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -36,12 +38,21 @@ def read_feeds(graph: Path, feeds: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def copied(graph: Path, directory: Path) -> Path:
+    """A copy, with the weights beside it: ModelOpt infers shapes in place, over the file that it is given."""
+    for file in (graph, graph.with_name(f"{graph.name}.data")):
+        if file.exists():
+            shutil.copyfile(file, directory / file.name)
+    return directory / graph.name
+
+
 def run(graph: Path, arrays: dict[str, np.ndarray], out: Path, options: argparse.Namespace) -> float:
     """Write the Q/DQ graph of `graph` to `out`; returns the seconds that it took."""
     started = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):  # onnxruntime's calibrators print
+    # stdout is for the report alone, and onnxruntime's calibrators print
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
         quantize(
-            str(graph),
+            str(copied(graph, Path(directory))),
             quantize_mode="int8",
             calibration_data=arrays,
             calibration_method=options.method,

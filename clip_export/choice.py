@@ -16,6 +16,7 @@ from clip_export.spec import Tower
 
 GRAPHS = "onnxruntime"  # the backend that runs graphs; the others run plans
 FP32 = "fp32"
+CPU_INT8 = "int8cpu"  # the one precision besides fp32 whose graphs a CPU runs as they are
 GPU = "cuda:0"
 _CPU_BATCH = 32
 _RUNS_AT_ONCE = 4  # batches of a plan in one call, so that one is copied while another is computed
@@ -120,7 +121,11 @@ def _graphs(bundle: Bundle, backend: str, device: str | None, precision: str | N
     choice = Choice(
         backend=backend, device="cpu" if device is None else device, precision=FP32 if precision is None else precision
     )
-    if choice.precision != FP32 and choice.device == "cpu":
+    if choice.precision == CPU_INT8 and choice.device != "cpu":
+        raise BackendError(
+            f"{CPU_INT8} graphs are for CPUs, not for {choice.device}", hint="plans of int8 are for GPUs"
+        )
+    if choice.precision not in (FP32, CPU_INT8) and choice.device == "cpu":
         raise BackendError(
             f"{choice.precision} graphs are for GPUs: a CPU computes them in fp32 and hides every overflow",
             hint="leave out the precision, or use device cuda:0; clip-export verify simulates them honestly",

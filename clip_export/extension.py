@@ -11,25 +11,31 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clip_export import backends
-from clip_export.backends.building import EngineOptions, Profile, Target
+from clip_export.backends.building import PORTABLE, EngineOptions, Profile, Target
 from clip_export.bundle import Bundle, Graph, write_manifest
-from clip_export.choice import of_plans
+from clip_export.choice import CPU_INT8, FP32, GRAPHS, Choice, choose, of_plans
 from clip_export.compilation import Job, PlanOptions, compile_plans
 from clip_export.errors import InputError, MissingDependencyError
 from clip_export.graph.files import missing
 from clip_export.manifest import REPORT
+from clip_export.paying import CPU_BATCHES, require_paid
 from clip_export.plans import NORMALIZED, Plan, plan_folder
 from clip_export.progress import Progress, silent
 from clip_export.publish import discard, extended
+from clip_export.quantization import QUANTIZED, Quantization
+from clip_export.quantized import make_quantized
 from clip_export.shapes import batch_bounds, profiles
 from clip_export.spec import Tower
-from clip_export.variants import PRECISIONS, make_variant
-from clip_export.verification import require_contract, verify, verify_choice
+from clip_export.variants import make_variant
+from clip_export.verification import CONTRACTS, require_contract, verify, verify_choice
 
-# TensorRT-RTX has no fp32 matrix product for sm_75: "FP32 GEMM is not supported".
-_ALL_HALF = {("tensorrt-rtx", "sm_75", "fp16"): "fp16all"}
+PRECISIONS = tuple(CONTRACTS)
+# TensorRT-RTX has no fp32 matrix product for sm_75, "FP32 GEMM is not supported": there all but 8 bits is fp16.
+_ALL_HALF = {"fp16": "fp16all", "int8": "int8all", "auto": "autoall"}
+_FP8_FROM = 89  # compute capability 8.9 is the first with fp8 products
 
 
 def extend(
@@ -42,27 +48,32 @@ def extend(
     options: PlanOptions | None = None,
     calibration: Sequence[str | os.PathLike[str]] = (),
     calibration_texts: str | os.PathLike[str] | None = None,
+    quantization: Quantization | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
     """Add `precision` graphs, and plans of `engine` compiled from them, to the bundle at `bundle`; returns it anew.
 
-    `precision` is fp32, fp16, bf16, or fp16all for chips without fp32 matrix products; `engine` is tensorrt or
-    tensorrt-rtx, None for the graphs alone; `gpus` are compute capabilities as in sm_89, or portable, by default the
-    GPU of this machine. `calibration` pictures and `calibration_texts`, a file with a text a line, are inputs on which
-    ranges are measured besides the golden samples. What is there already is kept, unless `force` makes it anew.
+    `precision` is fp32, fp16, bf16, int8, fp8, auto (the largest part of the layers in int8 that keeps the contract),
+    int8cpu for ONNX Runtime on CPUs, or one that ends in all for chips without fp32 matrix products; `engine` is
+    tensorrt or tensorrt-rtx, None for the graphs alone; `gpus` are compute capabilities as in sm_89, or portable, by
+    default the GPU of this machine. `calibration` pictures and `calibration_texts`, a file with a text a line, are
+    inputs on which ranges are measured besides the golden samples; 8 bits are made from nothing else, as `quantization`
+    says. What is there already is kept, unless `force` makes it anew.
 
-    Raises InputError, BundleError, BackendError, PlanBuildError or ContractError. The bundle is then as it was.
+    Raises InputError, BundleError, BackendError, PlanBuildError, ContractError or SpeedError. The bundle is then as it
+    was.
     """
     options = options or PlanOptions()
     path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
     targets = find_targets(engine, gpus, precision, options)
+    quantization = quantization or Quantization()
     inputs = _Calibration([Path(picture) for picture in calibration], _path(calibration_texts))
     with extended(path) as (opened, staging):
         chosen = _towers(opened, towers)
         for tower in chosen if targets else ():
             _profiles(opened, tower, opened.graph(tower).sequence_dynamic, options)  # raises before the long work
-        staged = _Staged(opened, staging, progress)
+        staged = _Staged(opened, staging, quantization, progress)
         variants = dict.fromkeys([_variant(target, precision) for target in targets] or [precision])
         new = [name for name in variants if name != "fp32" and (force or name not in staged.variants)]
         if not new and inputs:
@@ -93,10 +104,21 @@ def find_targets(engine: str | None, gpus: Sequence[str], precision: str, option
     found = [compiler.target(gpu) for gpu in dict.fromkeys(gpus)] or [compiler.target(None)]
     for target in found:
         turing = target.backend == "tensorrt-rtx" and target.compute_capability == "sm_75"
-        if turing and _variant(target, precision) != "fp16all":
-            message = f"tensorrt-rtx multiplies in fp16 alone on sm_75, and {precision} was asked for"
-            raise InputError(message, hint="build fp16 for that GPU")
+        if turing and not _variant(target, precision).endswith("all"):
+            message = f"tensorrt-rtx multiplies in fp16 and int8 alone on sm_75, and {precision} was asked for"
+            raise InputError(message, hint="build fp16 or int8 for that GPU")
+        _require_fp8(target, precision, hardware_compatibility=options.hardware_compatibility)
     return found
+
+
+def _require_fp8(target: Target, precision: str, *, hardware_compatibility: bool) -> None:
+    """Raise InputError where fp8 was asked for, and not every GPU that the plan is for multiplies in it."""
+    capability = target.compute_capability
+    everywhere = capability == PORTABLE or hardware_compatibility
+    if QUANTIZED.get(precision) == "fp8" and (everywhere or int(capability.removeprefix("sm_")) < _FP8_FROM):
+        which = "every GPU from sm_80 on" if everywhere else capability
+        message = f"fp8 was asked for {which}, and GPUs before sm_{_FP8_FROM} have no fp8 products"
+        raise InputError(message, hint="build int8 for it, or name a GPU from sm_89 on")
 
 
 def _require_onnx() -> None:
@@ -112,7 +134,8 @@ def _path(path: str | os.PathLike[str] | None) -> Path | None:
 
 def _variant(target: Target, precision: str) -> str:
     """The graphs that a target takes for a precision that was asked for."""
-    return _ALL_HALF.get((target.backend, target.compute_capability, precision), precision)
+    turing = (target.backend, target.compute_capability) == ("tensorrt-rtx", "sm_75")
+    return _ALL_HALF.get(precision, precision) if turing else precision
 
 
 def _towers(bundle: Bundle, asked: Sequence[Tower] | None) -> tuple[Tower, ...]:
@@ -137,10 +160,12 @@ class _Calibration:
 class _Staged:
     """A bundle that is being extended: what it will hold, and the directory where that is put."""
 
-    def __init__(self, bundle: Bundle, staging: Path, progress: Progress) -> None:
+    def __init__(self, bundle: Bundle, staging: Path, quantization: Quantization, progress: Progress) -> None:
         self._bundle = bundle
         self._directory = staging
+        self._quantization = quantization
         self._progress = progress
+        self._contracts = dict(bundle.manifest.contracts)
         self.variants: dict[str, dict[Tower, Graph]] = dict(bundle.manifest.variants)
         self._plans = {plan.file: plan for plan in bundle.manifest.plans}
         self._report = bundle.report()
@@ -149,22 +174,52 @@ class _Staged:
     def add_variant(self, precision: str, inputs: _Calibration) -> None:
         """Make the graphs of one precision. Raises ContractError where they are not close enough to fp32."""
         source = self._staged()
-        for old in self._directory.glob(f"*.{precision}.onnx*"):
+        for old in (*self._directory.glob(f"*.{precision}.onnx*"), self._directory / f"{precision}.map.json"):
             discard(self._directory, old.name)
-        self.variants[precision], kept = make_variant(
+        self._contracts.pop(precision, None)
+        if precision in QUANTIZED or precision == CPU_INT8:
+            measured = self._quantized(source, precision, inputs)
+        else:
+            self.variants[precision], kept = make_variant(
+                source,
+                self._directory,
+                precision,
+                calibration=inputs.pictures,
+                calibration_texts=inputs.texts,
+                progress=self._progress,
+            )
+            measured = {"towers": kept}
+        self.write()
+        found = verify(self._staged(), device="cpu", precision=precision, progress=self._progress)
+        if self._held(precision):
+            require_contract(found)
+        if precision == CPU_INT8 and not self._quantization.allow_slower:
+            candidate, baseline = (choose(self._staged(), backend=GRAPHS, precision=name) for name in (precision, FP32))
+            measured["speed"] = require_paid(self._staged(), candidate, baseline, CPU_BATCHES)
+        measured["agreement"] = found.to_dict()["rows"]
+        self._report.setdefault("precisions", {})[precision] = measured
+        self.write()
+
+    def _quantized(self, source: Bundle, precision: str, inputs: _Calibration) -> dict[str, Any]:
+        place = self._bundle.path
+        made = make_quantized(
             source,
             self._directory,
             precision,
+            options=self._quantization,
             calibration=inputs.pictures,
             calibration_texts=inputs.texts,
+            cache=place.with_name(f".{place.name}.calibration"),
+            report=place.with_name(f"{place.name}.{precision}.report.json"),
             progress=self._progress,
         )
-        self.write()
-        found = verify(self._staged(), device="cpu", precision=precision, progress=self._progress)
-        require_contract(found)
-        measured = {"towers": kept, "agreement": found.to_dict()["rows"]}
-        self._report.setdefault("precisions", {})[precision] = measured
-        self.write()
+        self.variants[precision], self._contracts[precision] = made.graphs, made.contract
+        return made.report
+
+    def _held(self, precision: str) -> bool:
+        """Whether it has to keep its contract: all do but those that were let pass."""
+        contract = self._contracts.get(precision)
+        return contract is None or contract.kept
 
     def add_plans(
         self, target: Target, precision: str, towers: Sequence[Tower], options: PlanOptions, *, force: bool
@@ -186,7 +241,26 @@ class _Staged:
         if made and target.gpu is not None:
             choice = of_plans({plan.tower: plan for plan in made})
             own = EngineOptions(allow_host_code=True)  # it was built here, this minute
-            require_contract(verify_choice(self._staged(), choice, options=own, progress=self._progress))
+            found = verify_choice(self._staged(), choice, options=own, progress=self._progress)
+            if self._held(precision):
+                require_contract(found)
+            if precision in QUANTIZED and not self._quantization.allow_slower:
+                self._require_faster_plans(target, precision, choice, options)
+
+    def _require_faster_plans(self, target: Target, precision: str, candidate: Choice, options: PlanOptions) -> None:
+        """Compare plans of 8 bits with those of fp16, which are built for it where the bundle has none, and stay."""
+        plain = "fp16all" if precision.endswith("all") else "fp16"
+        if plain not in self.variants:
+            self.add_variant(plain, _Calibration([], None))
+        towers = tuple(candidate.plans)
+        wanted = [plan.file for plan in _entries(self._staged(), towers, target, plain, options)]
+        if any(file not in self._plans for file in wanted):
+            self.add_plans(target, plain, towers, options, force=False)
+        baseline = of_plans({self._plans[file].tower: self._plans[file] for file in wanted})
+        batches = sorted(set(batch_bounds(options.batches, options.max_batch)))
+        measured = require_paid(self._staged(), candidate, baseline, batches)
+        self._report["precisions"][precision].setdefault("speed", {})[target.compute_capability] = measured
+        self.write()
 
     def _serves(self, wanted: Plan, options: PlanOptions) -> bool:
         """Whether the plan is there already, with all that is asked of it."""
@@ -206,6 +280,7 @@ class _Staged:
             spec=manifest.spec,
             provenance=manifest.provenance,
             variants=self.variants,
+            contracts=self._contracts,
             plans=tuple(self._plans[file] for file in sorted(self._plans)),
             known=self._bundle,
         )

@@ -22,7 +22,6 @@ __all__ = ["PREFERENCE", "Machine", "Selection", "explain", "select"]
 # cannot hold stayed fp32 when the graph was made. fp16all is fp16 for chips that need all of it so. fp32 is always
 # right, and several times slower. What is not in this table loses accuracy, and is taken only where it is asked for.
 PREFERENCE = ("fp16", "fp16all", "bf16", "fp32")
-_SERVES = {"fp16": ("fp16", "fp16all")}  # asked for -> what may be given
 
 # What TensorRT-RTX 1.7 can be asked to build for; for any other GPU a portable plan is worth a try.
 _RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
@@ -110,7 +109,7 @@ def _misfits(
     if plan.backend != machine.backend:
         yield f"compiled by {plan.backend}, not by {machine.backend}"
         return  # versions of another compiler compare to nothing
-    if precision is not None and plan.precision not in _SERVES.get(precision, (precision,)):
+    if precision is not None and plan.precision not in (precision, f"{precision}all"):
         yield f"its precision is {plan.precision}, asked for is {precision}"
     if precision is None and plan.precision not in PREFERENCE:
         yield f"its precision {plan.precision} is taken only where it is asked for"

@@ -13,17 +13,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_export.bundle import Bundle
+from clip_export.choice import CPU_INT8
 from clip_export.compilation import PlanOptions
 from clip_export.errors import BundleError, ClipExportError, InputError, SpecError
 from clip_export.extension import extend, find_targets
 from clip_export.manifest import MANIFEST
 from clip_export.pipeline import ENGINES, build, default_name
+from clip_export.precision_map import read_map
 from clip_export.progress import Progress, silent
+from clip_export.quantization import QUANTIZED, Quantization
 from clip_export.spec import Activation, Dialect, Tower, from_dict
 
 DEFAULT_PRECISION = "fp16"  # of an engine; without one, a bundle has its fp32 graphs alone
@@ -45,6 +49,13 @@ class Recipe:
     gpu: tuple[str, ...] | None = None
     calibration: tuple[str, ...] | None = None
     calibration_texts: str | None = None
+    calibration_method: str | None = None
+    min_cosine: float | None = None
+    max_recall_drop: float | None = None
+    precision_map: str | None = None
+    quantize_attention: bool = False
+    allow_below_contract: bool = False
+    allow_slower: bool = False
     batch_profiles: tuple[int, ...] | None = None
     sequence_profiles: tuple[int, ...] | None = None
     max_batch: int | None = None
@@ -77,9 +88,31 @@ class Recipe:
             jobs=self.jobs,
         )
 
+    def quantization(self) -> Quantization:
+        """How 8-bit precisions are made. Raises InputError for what cannot be, and for a map that cannot be read."""
+        return Quantization(
+            method=self.calibration_method,
+            min_cosine=self.min_cosine,
+            max_recall_drop=self.max_recall_drop,
+            precision_map=None if self.precision_map is None else read_map(Path(self.precision_map)),
+            quantize_attention=self.quantize_attention,
+            allow_below_contract=self.allow_below_contract,
+            allow_slower=self.allow_slower,
+        )
+
+    def precisions(self, quantization: Quantization) -> tuple[str, ...]:
+        """What is to be made: those asked for, that of a map, or the default of an engine."""
+        given = quantization.precision_map
+        asked = self.precision or (() if given is None else (given.precision,))
+        return tuple(dict.fromkeys(asked or ((DEFAULT_PRECISION,) if self.engine is not None else ())))
+
 
 # What only an export from a checkpoint can do: a bundle has it settled.
 _OF_CHECKPOINTS = ("output", "outputs", "activation", "tokenizer_dialect", "preprocess_dialect")
+_OF_8_BITS = (
+    *("calibration_method", "min_cosine", "max_recall_drop", "precision_map", "quantize_attention"),
+    *("allow_below_contract", "allow_slower"),
+)
 _OF_PLANS = tuple(field.name for field in dataclasses.fields(PlanOptions) if field.name not in ("batches", "lengths"))
 
 
@@ -103,16 +136,16 @@ def make(recipe: Recipe, *, force: bool = False, progress: Progress = silent) ->
     Whether its engine can be built here is found out before anything else. A bundle that was built from a checkpoint
     stays where it is when an engine cannot be added to it.
     """
-    options = recipe.plan_options()
-    precisions = tuple(dict.fromkeys(recipe.precision or ((DEFAULT_PRECISION,) if recipe.engine is not None else ())))
-    _check_stated(recipe)
+    options, quantization = recipe.plan_options(), recipe.quantization()
+    precisions = recipe.precisions(quantization)
+    _check_stated(recipe, precisions, force=force)
     for precision in precisions:
         find_targets(recipe.engine, recipe.gpu or (), precision, options)
     _check_output(recipe, force=force)
     bundle = _bundle(recipe, force=force, progress=progress)
     try:
         for precision in precisions:
-            bundle = _extended(bundle, recipe, precision, options, force=force, progress=progress)
+            bundle = _extended(bundle, recipe, precision, options, quantization, force=force, progress=progress)
     except ClipExportError as error:
         if not is_bundle(recipe.checkpoint):
             there = f"{bundle.path} is built and keeps its fp32 graphs: name it in place of the checkpoint next time"
@@ -122,7 +155,14 @@ def make(recipe: Recipe, *, force: bool = False, progress: Progress = silent) ->
 
 
 def _extended(
-    bundle: Bundle, recipe: Recipe, precision: str, options: PlanOptions, *, force: bool, progress: Progress
+    bundle: Bundle,
+    recipe: Recipe,
+    precision: str,
+    options: PlanOptions,
+    quantization: Quantization,
+    *,
+    force: bool,
+    progress: Progress,
 ) -> Bundle:
     if precision == "fp32" and recipe.engine is None:
         return bundle
@@ -135,6 +175,7 @@ def _extended(
         options=options,
         calibration=recipe.calibration or (),
         calibration_texts=recipe.calibration_texts,
+        quantization=quantization,
         force=force,
         progress=progress,
     )
@@ -171,13 +212,13 @@ def _bundle(recipe: Recipe, *, force: bool, progress: Progress) -> Bundle:
     if stated:
         message = f"{recipe.checkpoint} is a bundle, for which {', '.join(stated)} is settled"
         raise InputError(message, hint="build again from its checkpoint, or leave that out")
-    if recipe.engine is None and recipe.precision is None:
+    if recipe.engine is None and recipe.precision is None and recipe.precision_map is None:
         message = f"{recipe.checkpoint} is a bundle already; there is nothing to add to it"
         raise InputError(message, hint="say what: --precision fp16, or --engine tensorrt-rtx --gpu sm_89")
     return Bundle.open(recipe.checkpoint, check_files=False)
 
 
-def _check_stated(recipe: Recipe) -> None:
+def _check_stated(recipe: Recipe, precisions: Sequence[str], *, force: bool) -> None:
     """Raise InputError for options that nothing would come of."""
     default = {field.name: field.default for field in dataclasses.fields(Recipe)}
     ignored = [] if recipe.engine is not None else ["gpu", "batch_profiles", "sequence_profiles", *_OF_PLANS]
@@ -185,8 +226,33 @@ def _check_stated(recipe: Recipe) -> None:
     if stated:
         message = f"{', '.join(stated)} is about plans, and no engine to compile them is named"
         raise InputError(message, hint="add --engine tensorrt or --engine tensorrt-rtx")
-    if (recipe.calibration or recipe.calibration_texts) and not recipe.precision and recipe.engine is None:
+    if (recipe.calibration or recipe.calibration_texts) and not precisions:
         raise InputError("calibration measures ranges for a precision, and none is named", hint="add --precision fp16")
+    stated = [_flag(name) for name in _OF_8_BITS if getattr(recipe, name) != default[name]]
+    eight_bits = [name for name in precisions if name in QUANTIZED or name == CPU_INT8]
+    if stated and not eight_bits:
+        message = f"{', '.join(stated)} is about 8-bit precisions, and none is asked for"
+        raise InputError(message, hint="add --precision int8, fp8, auto or int8cpu")
+    lacking = [name for name in eight_bits if force or name not in _held(recipe)]
+    if lacking and not recipe.calibration and _has_image(recipe):
+        raise InputError(
+            f"{lacking[0]} is calibrated on real pictures, and none were given",
+            hint="--calibration DIRECTORY, with some hundred pictures like those that will be encoded",
+        )
+
+
+def _held(recipe: Recipe) -> Collection[str]:
+    """The precisions that a bundle has graphs of already."""
+    if not is_bundle(recipe.checkpoint):
+        return ()
+    return Bundle.open(recipe.checkpoint, check_files=False).manifest.variants
+
+
+def _has_image(recipe: Recipe) -> bool:
+    """Whether an image tower is to be calibrated, as far as that is known before the checkpoint is read."""
+    if is_bundle(recipe.checkpoint):
+        return "image" in Bundle.open(recipe.checkpoint, check_files=False).spec.towers
+    return recipe.towers is None or "image" in recipe.towers
 
 
 def _flag(name: str) -> str:

@@ -90,6 +90,10 @@ def open_choice(
     if options is not None and not isinstance(options, wanted):
         hint = "plans take clip_export.EngineOptions, onnxruntime a mapping such as {'tf32': True}; name the backend"
         raise InputError(f"{choice.backend} cannot be given {type(options).__name__} as options", hint=hint)
+    contract = bundle.manifest.contracts.get(choice.precision)
+    if contract is not None and not contract.kept:
+        message = f"{choice.precision} of {bundle.path} misses its accuracy contract: min cosine {contract.min_cosine}"
+        warnings.warn(f"{message} was required, see clip-export verify", stacklevel=3)
     size = choice.batch_size if batch_size is None else batch_size
     return assemble(bundle, choice, partial(_open, bundle, choice, threads, options), batch_size=size)
 

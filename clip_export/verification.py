@@ -18,7 +18,7 @@ import numpy as np
 from clip_export import backends
 from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
-from clip_export.choice import FP32, GRAPHS, Choice, best_plans, choose
+from clip_export.choice import CPU_INT8, FP32, GRAPHS, Choice, best_plans, choose
 from clip_export.encoder import Encoder, Floats
 from clip_export.errors import BundleIntegrityError, ContractError
 from clip_export.golden import ImageGolden, TextGolden
@@ -30,7 +30,9 @@ from clip_export.spec import Tower
 
 # Least cosine to the reference in float32, by precision. A graph that is all fp16 cannot be refined by keeping more of
 # it in fp32. bf16 has 8 bits where fp16 has 11: errors 8 times as large, and 1 - cosine goes with their square.
+# Quantized ones have a contract of their own in the bundle; here is what they are held to if nobody says otherwise.
 CONTRACTS = {"fp32": 0.99999, "fp16": 0.9999, "fp16all": 0.999, "bf16": 0.99}
+CONTRACTS |= dict.fromkeys(("int8", "int8all", "int8cpu", "fp8", "auto", "autoall", "autofp8"), 0.99)
 
 _BELOW_FP32 = "this is a bug of the export, not of the checkpoint; please report it with the architecture"
 _BELOW_HALF = "build with another precision, or let ranges be measured on more inputs: --calibration PICTURES"
@@ -124,7 +126,7 @@ def _replayed(bundle: Bundle, runs: Sequence[_Run], notes: tuple[str, ...], prog
             for tower in encoder.towers:
                 sample = samples[tower]
                 if sample is not None:
-                    rows += _compare(encoder, sample, precision, title)
+                    rows += _compare(encoder, sample, precision, title, required_cosine(bundle, precision))
     progress("verify", len(runs), len(runs))
     return Verification(name=bundle.name, rows=tuple(rows), notes=notes)
 
@@ -162,6 +164,9 @@ def _runs(
 
 def _choices(bundle: Bundle, device: str | None, precision: str) -> Iterator[Choice]:
     """What runs `precision` here: the graphs, where the device can compute in it, and the best plans that fit."""
+    if precision == CPU_INT8:
+        yield choose(bundle, backend=GRAPHS, device="cpu", precision=precision)
+        return
     if precision == FP32 or (device or "").startswith("cuda"):
         yield choose(bundle, backend=GRAPHS, device=device, precision=precision)
     plans = best_plans(bundle, device, precision)
@@ -173,7 +178,9 @@ def _real(bundle: Bundle, choice: Choice) -> _Run:
     return choice.title, choice.precision, partial(open_choice, bundle, choice)
 
 
-def _compare(encoder: Encoder, golden: TextGolden | ImageGolden, precision: str, engine: str) -> list[Row]:
+def _compare(
+    encoder: Encoder, golden: TextGolden | ImageGolden, precision: str, engine: str, required: float
+) -> list[Row]:
     if isinstance(golden, TextGolden):
         tower: Tower = "text"
         found = encoder.text_outputs(golden.texts, truncate=True)
@@ -181,9 +188,15 @@ def _compare(encoder: Encoder, golden: TextGolden | ImageGolden, precision: str,
         tower = "image"
         found = encoder.image_outputs(golden.files)
     return [
-        compare(tower, name, found[name], expected, precision=precision, engine=engine)
+        compare(tower, name, found[name], expected, precision=precision, engine=engine, required=required)
         for name, expected in golden.outputs.items()
     ]
+
+
+def required_cosine(bundle: Bundle, precision: str) -> float:
+    """The least cosine that `precision` of `bundle` has to keep: that of its own contract, or of CONTRACTS."""
+    contract = bundle.manifest.contracts.get(precision)
+    return CONTRACTS[precision] if contract is None else contract.min_cosine
 
 
 def require_contract(found: Verification) -> None:
@@ -198,7 +211,14 @@ def require_contract(found: Verification) -> None:
 
 
 def compare(
-    tower: Tower, output: str, found: Floats, expected: Floats, *, precision: str = FP32, engine: str = ""
+    tower: Tower,
+    output: str,
+    found: Floats,
+    expected: Floats,
+    *,
+    precision: str = FP32,
+    engine: str = "",
+    required: float = CONTRACTS[FP32],
 ) -> Row:
     """`found` against `expected`, float32 [samples, ..., features]; another shape raises BundleIntegrityError."""
     if found.shape != expected.shape:
@@ -219,5 +239,5 @@ def compare(
         min_cosine=float(cosine.min()),
         mean_cosine=float(cosine.mean()),
         max_abs=float(np.abs(first - second).max()),
-        required_cosine=CONTRACTS[precision],
+        required_cosine=required,
     )

@@ -207,6 +207,8 @@ def workspace(tmp_path: Path, bare_weights: Path, demo_bundle: Path, monkeypatch
     """The directory that snippets run in. `build("demo")` takes the bundle that the session has built already."""
     shutil.copytree(demo_bundle, tmp_path / "engines" / "demo")
     shutil.copytree(ROOT / "examples" / "pictures", tmp_path / "examples" / "pictures")
+    for script in ("demo_pictures.py", "scenes.py"):
+        shutil.copy(ROOT / "examples" / script, tmp_path / "examples")
     shutil.copy(ROOT / "examples" / "pictures" / "captions.txt", tmp_path / "captions.txt")
     shutil.copy(bare_weights, tmp_path)
     (tmp_path / "photos").mkdir()

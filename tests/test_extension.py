@@ -328,7 +328,11 @@ def test_what_a_compiler_warns_of_is_said(bundle: Path, monkeypatch: pytest.Monk
         ({"engine": "tensorrt-rtx", "gpus": ["sm_90"]}, PlanBuildError, "builds for sm_75, .*; found sm_90"),
         ({"engine": "tensorrt-rtx", "gpus": ["rtx4090"]}, PlanBuildError, "found rtx4090"),
         ({"engine": "tensorrt-rtx", "gpus": ["sm_86"], "towers": ["sound"]}, InputError, "has no sound tower"),
-        ({"engine": "tensorrt-rtx", "gpus": ["sm_75"], "precision": "bf16"}, InputError, "in fp16 alone on sm_75"),
+        (
+            {"engine": "tensorrt-rtx", "gpus": ["sm_75"], "precision": "bf16"},
+            InputError,
+            "in fp16 and int8 alone on sm_75",
+        ),
         (
             {"engine": "tensorrt-rtx", "gpus": ["sm_86"], "options": PlanOptions(hardware_compatibility=True)},
             InputError,

@@ -73,7 +73,7 @@ def test_an_engine_that_cannot_be_built_is_refused_before_the_export(tiny_checkp
         (("--outputs", "pooled", *RTX), "is a bundle, for which --outputs is settled"),
         (("--gpu", "sm_86", "--precision", "fp16"), "--gpu is about plans, and no engine to compile them is named"),
         (("--max-batch", "8", "--precision", "fp16"), "--max-batch is about plans, and no engine"),
-        (("--precision", "fp8"), "there is no precision 'fp8'"),
+        (("--precision", "fp4"), "there is no precision 'fp4'"),
         ((*RTX, "--batch-profiles", "0"), "expected a batch profile from 1 to 4096, found 0"),
         ((*RTX, "--sequence-profiles", "999"), "sequence profile 999 is outside 1.."),
         ((*RTX, "--calibration", "nowhere"), "nowhere"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _ENGINES = "Engines"
 _PROFILES = "Shapes and precision of engines"
+_QUANTIZATION = "8-bit precisions"
 _COMPILER = "How plans are compiled"
 
 
@@ -82,7 +83,7 @@ def build(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="fp32, fp16, bf16 or fp16all. May be repeated.",
+            help="fp32, fp16, bf16, int8, fp8, auto (as much int8 as the contract allows) or int8cpu. May be repeated.",
             show_default="fp16 with an engine",
             rich_help_panel=_ENGINES,
         ),
@@ -118,17 +119,74 @@ def build(
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="Pictures on which ranges are measured too. May be repeated.",
+            help="Pictures to measure ranges on, files or a directory; 8 bits need them. May be repeated.",
             show_default=False,
-            rich_help_panel=_PROFILES,
+            rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
     calibration_texts: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Texts for the same, one a line.", show_default=False, rich_help_panel=_PROFILES
+            metavar="FILE",
+            help="Texts for the same, one a line.",
+            show_default="the pictures' captions, or built-in prompts",
+            rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
+    calibration_method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How ranges are found: mse, minmax, percentile or entropy.",
+            show_default="mse",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="The least cosine to fp32 that is published.",
+            show_default="0.99",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = None,
+    max_recall_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="The most that R@1 may fall, on pictures with captions.csv or captions.jsonl.",
+            show_default="measured, not required",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = None,
+    precision_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The exact mix of an earlier build: its PRECISION.map.json.",
+            show_default=False,
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = None,
+    quantize_attention: Annotated[
+        bool,
+        typer.Option("--quantize-attention", help="The products inside attention too.", rich_help_panel=_QUANTIZATION),
+    ] = False,
+    allow_below_contract: Annotated[
+        bool,
+        typer.Option(
+            "--allow-below-contract",
+            help="Publish what misses its contract, marked as such.",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = False,
+    allow_slower: Annotated[
+        bool,
+        typer.Option(
+            "--allow-slower", help="Publish what is not faster than what it replaces.", rich_help_panel=_QUANTIZATION
+        ),
+    ] = False,
     workspace_mib: Annotated[
         int | None,
         typer.Option(

@@ -1,0 +1,113 @@
+"""How far an engine's outputs are from the fp32 graph's: by cosine, by what retrieval finds, and by recall on pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from clip_export import backends
+from clip_export.feeds import Feeds, Samples, golden_feeds
+from clip_export.precision.search import Score
+from clip_export.retrieval import Recall, top1_agreement
+
+Outputs: TypeAlias = Sequence[dict[str, np.ndarray]]  # of the batches, one after another
+
+EMBEDDING = "embedding"
+SEARCHED_WITH = 32  # held-out inputs that a search looks at; the contract is measured on all of them
+
+
+def run_graph(path: Path, feeds: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
+    """The outputs of the graph at `path` on the CPU, batch by batch."""
+    engine = backends.open_engine("onnxruntime", path)
+    try:
+        return [engine(batch) for batch in feeds]
+    finally:
+        engine.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the fp32 graph of a tower gives for its golden samples and then for the held-out inputs, batch by batch."""
+
+    feeds: tuple[Feeds, ...]
+    outputs: tuple[dict[str, np.ndarray], ...]
+    golden: int  # of the batches
+
+    @classmethod
+    def of(cls, samples: Samples) -> Reference:
+        """Run the fp32 graph of `samples`' tower."""
+        golden = list(golden_feeds(samples.bundle, samples.tower))
+        feeds = (*golden, *samples.judges)
+        outputs = run_graph(samples.bundle.graph_path(samples.tower), feeds)
+        return cls(feeds=feeds, outputs=tuple(outputs), golden=len(golden))
+
+    def embeddings(self, outputs: Outputs | None = None) -> np.ndarray | None:
+        """Those of the held-out inputs, float32 [n, dim]: the reference's, or those in `outputs`."""
+        batches = list(self.outputs if outputs is None else outputs)[self.golden :]
+        if not batches or EMBEDDING not in batches[0]:
+            return None
+        return np.concatenate([batch[EMBEDDING] for batch in batches])
+
+    def first(self, held_out: int) -> Reference:
+        """With no more than the first `held_out` held-out inputs, by whole batches."""
+        batches, count = self.golden, 0
+        while batches < len(self.feeds) and count < held_out:
+            count += _rows(self.feeds[batches])
+            batches += 1
+        return Reference(feeds=self.feeds[:batches], outputs=self.outputs[:batches], golden=self.golden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Scores outputs of one tower against `reference`.
+
+    `others` are reference embeddings of the other tower, among which the nearest is looked for; of this one where there
+    is no other. `recall` gives the recall of this tower's held-out embeddings on pairs, None where there are none.
+    """
+
+    reference: Reference
+    others: np.ndarray | None = None
+    recall: Callable[[np.ndarray], Recall] | None = None
+
+    def score(self, outputs: Outputs) -> Score:
+        """The score of `outputs`, those of the reference's inputs in their order."""
+        cosines = np.concatenate(
+            [
+                _cosines(found[name], expected[name])
+                for found, expected in zip(outputs, self.reference.outputs, strict=True)
+                for name in expected
+            ]
+        )
+        agreement, drop = 1.0, None
+        found, expected = self.reference.embeddings(outputs), self.reference.embeddings()
+        if found is not None and expected is not None:
+            agreement = top1_agreement(found, expected, expected if self.others is None else self.others)
+            if self.recall is not None:
+                drop = recall_drop(self.recall(found), self.recall(expected))
+        return Score(
+            cosine=float(cosines.min()), mean_cosine=float(cosines.mean()), agreement=agreement, recall_drop=drop
+        )
+
+
+def recall_drop(found: Recall, expected: Recall) -> float:
+    """How much R@1 falls from `expected` to `found`, in points, in the direction in which it falls more."""
+    there = expected.image_to_text - found.image_to_text
+    back = expected.text_to_image - found.text_to_image
+    return round(100 * max(there, back), 6)
+
+
+def _cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of the rows of the last axis, float64; -1 where something is not finite, or a row is zero."""
+    mine, theirs = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (found, expected))
+    norms = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines: np.ndarray = (mine * theirs).sum(axis=1) / norms
+    return np.where(np.isfinite(cosines), cosines, -1.0)
+
+
+def _rows(feeds: Feeds) -> int:
+    return len(next(iter(feeds.values())))

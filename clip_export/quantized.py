@@ -1,0 +1,357 @@
+"""Precisions of 8 bits: calibrated, quantized, held to a contract, and reported layer by layer.
+
+int8 and fp8 quantize every linear layer of the blocks; auto searches the largest part of them that keeps the contract;
+a precision map says which. The rest is fp16, as in `fp16` graphs. What misses its contract is not published: the report
+is kept and names the worst layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from clip_export.bundle import Bundle, Graph
+from clip_export.choice import CPU_INT8
+from clip_export.errors import ContractError, InputError
+from clip_export.feeds import Data, Samples, gather
+from clip_export.judging import SEARCHED_WITH, Judge, Outputs, Reference, recall_drop, run_graph
+from clip_export.manifest import Contract
+from clip_export.output_file import staged_file, writing
+from clip_export.precision.cpu import quantize_for_cpu
+from clip_export.precision.formats import FormatName, find_format
+from clip_export.precision.search import Found, Journal, Score, search
+from clip_export.precision_map import HIGH, PrecisionMap, check_names, check_towers
+from clip_export.progress import Progress
+from clip_export.quantization import QUANTIZED, SEARCHED, Quantization
+from clip_export.quantized_tower import Prepared, Quantizer, prepare_tower, run_simulated, to_half
+from clip_export.retrieval import Recall, recall_at
+from clip_export.spec import Tower
+from clip_export.verification import CONTRACTS
+
+_WORST = 5  # layers that an error names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """The graphs of a precision by tower, what is to be reported of them (JSON-ready), and their contract."""
+
+    graphs: dict[Tower, Graph]
+    report: dict[str, Any]
+    contract: Contract
+
+
+def make_quantized(
+    bundle: Bundle,
+    staging: Path,
+    precision: str,
+    *,
+    options: Quantization,
+    calibration: Sequence[Path],
+    calibration_texts: Path | None,
+    cache: Path,
+    report: Path,
+    progress: Progress,
+) -> Made:
+    """Write the `precision` graphs of `bundle` and its precision map into `staging`.
+
+    Calibrations and unfinished searches are kept in the directory `cache`. Raises InputError without calibration data
+    or where a contract asks for pairs that are not there; ContractError for what misses the contract and is not allowed
+    to, with the file `report` written.
+    """
+    data = gather(bundle, calibration, calibration_texts)
+    if options.precision_map is not None:
+        check_towers(options.precision_map, data.towers, precision, QUANTIZED.get(precision, "int8"))
+    if options.max_recall_drop is not None and not data.paired:
+        hint = "--calibration DIRECTORY with captions.csv or captions.jsonl in it"
+        raise InputError("a recall drop is measured on pairs of pictures and captions, and there are none", hint=hint)
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=staging) as work:
+        maker = _Maker(
+            bundle=bundle,
+            precision=precision,
+            options=options,
+            data=data,
+            references={tower: Reference.of(samples) for tower, samples in data.towers.items()},
+            work=Path(work),
+            cache=cache,
+            report_path=report,
+            progress=progress,
+        )
+        return maker.make(staging)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Maker:
+    """One precision on its way: its towers, one after another, then both together."""
+
+    bundle: Bundle
+    precision: str
+    options: Quantization
+    data: Data
+    references: Mapping[Tower, Reference]
+    work: Path
+    cache: Path
+    report_path: Path
+    progress: Progress
+
+    @property
+    def min_cosine(self) -> float:
+        """The least that is published."""
+        asked = self.options.min_cosine
+        return CONTRACTS[self.precision] if asked is None else asked
+
+    def make(self, staging: Path) -> Made:
+        """Quantize every tower, hold them to the contract together, and write their graphs and the map."""
+        towers = {tower: self._tower(tower, staging) for tower in self.data.towers}
+        outputs = {tower: made.outputs for tower, made in towers.items()}
+        scores = {tower: self._judge(tower, self.references[tower]).score(found) for tower, found in outputs.items()}
+        pairs = self._pairs(outputs)
+        missed = list(self._missed(scores, pairs))
+        report: dict[str, Any] = {
+            "contract": {"min_cosine": self.min_cosine, "max_recall_drop": self.options.max_recall_drop},
+            "missed": missed,
+            "method": self.options.ranges_by,
+            "towers": {
+                tower: made.report | {"score": dataclasses.asdict(scores[tower])} for tower, made in towers.items()
+            },
+            "pairs": pairs,
+        }
+        if missed and not self.options.allow_below_contract:
+            raise self._error(missed, towers, report)
+        formats = {tower: made.formats for tower, made in towers.items()}
+        precision_map = PrecisionMap(precision=self.precision, method=self.options.ranges_by, towers=formats)
+        precision_map.save(staging / f"{self.precision}.map.json")
+        return Made(
+            graphs={tower: self._graph(tower) for tower in towers},
+            report=report,
+            contract=Contract(min_cosine=self.min_cosine, kept=not missed),
+        )
+
+    def _tower(self, tower: Tower, staging: Path) -> _Tower:
+        samples, reference = self.data.towers[tower], self.references[tower]
+        prepared = self._prepared(tower)
+        target = staging / f"{tower}.{self.precision}.onnx"
+        if self.precision == CPU_INT8:
+            return self._cpu_tower(tower, prepared, target)
+        half = to_half(
+            prepared,
+            samples,
+            self.work / f"{tower}.half.onnx",
+            min_cosine=self.min_cosine,
+            everything=self.precision.endswith("all"),
+            progress=self.progress,
+        )
+        quantizer = Quantizer(prepared, half)
+        try:
+            self._check_map(tower, prepared, quantizer.high)
+            found = self._found(tower, quantizer, self._judge(tower, reference.first(SEARCHED_WITH)))
+        finally:
+            quantizer.close()
+        quantizer.write(found.mix, target, attention=self.options.quantize_attention)
+        self.progress(f"{tower}: judge the {self.precision} graph", 0, 0)
+        outputs = run_simulated(target, reference.feeds, self.work)
+        return _Tower(
+            formats=_mixed(prepared, found.mix),
+            outputs=outputs,
+            found=found,
+            report=_report(samples, prepared, found, quantizer.high) | {"half": half.report.to_dict()},
+        )
+
+    def _prepared(self, tower: Tower) -> Prepared:
+        given = self.options.precision_map
+        format_ = QUANTIZED.get(self.precision, "int8")
+        return prepare_tower(
+            self.data.towers[tower],
+            format_ if given is None else _formats(given.towers[tower], format_),
+            method=self.options.ranges_by,
+            work=self.work,
+            cache=self.cache,
+            progress=self.progress,
+        )
+
+    def _cpu_tower(self, tower: Tower, prepared: Prepared, target: Path) -> _Tower:
+        """The tower for ONNX Runtime: every layer in int8, the rest fp32; judged on the kernels of this CPU."""
+        self._check_map(tower, prepared, {})
+        reference, mix = self.references[tower], self._quantized(tower, prepared.treatments)
+        quantize_for_cpu(prepared.smoothed, target, {name: prepared.treatments[name].scale for name in mix})
+        outputs = run_graph(target, reference.feeds)
+        score = self._judge(tower, reference).score(outputs)
+        found = Found(mix=mix, score=score, high=(), sensitivity={}, evaluations=1, share=prepared.share(mix))
+        report = _report(self.data.towers[tower], prepared, found, {})
+        return _Tower(formats=_mixed(prepared, mix), outputs=outputs, found=found, report=report)
+
+    def _found(self, tower: Tower, quantizer: Quantizer, judge: Judge) -> Found:
+        """The mix of a tower: searched, or all that the format or the map quantizes."""
+
+        def evaluate(mix: frozenset[str]) -> Score:
+            return judge.score(quantizer.run(judge.reference.feeds, mix))
+
+        costs = quantizer.costs
+        if self.precision in SEARCHED and self.options.precision_map is None:
+            journal = Journal(self.cache / f"{tower}-search.jsonl", self._search_key(tower, quantizer))
+            found = search(costs, evaluate, self._keeps, journal=journal, progress=self.progress)
+            return dataclasses.replace(found, share=quantizer.share(found.mix))
+        mix = self._quantized(tower, costs)
+        self.progress(f"{tower}: judge the quantized layers", 0, 0)
+        score = evaluate(frozenset(mix))
+        alone = {}
+        for number, name in enumerate(() if self._keeps(score) else mix):  # so that the report can say who is to blame
+            self.progress(f"{tower}: find the worst layers", number, len(mix))
+            alone[name] = evaluate(frozenset([name]))
+        return Found(
+            mix=mix,
+            score=score,
+            high=(),
+            sensitivity=alone,
+            evaluations=1 + len(alone),
+            share=quantizer.share(mix),
+        )
+
+    def _quantized(self, tower: Tower, layers: Iterable[str]) -> tuple[str, ...]:
+        """Those of `layers` that the map quantizes; without a map, all."""
+        given = self.options.precision_map
+        return tuple(name for name in layers if given is None or given.towers[tower][name] != HIGH)
+
+    def _check_map(self, tower: Tower, prepared: Prepared, refused: Mapping[str, str]) -> None:
+        """Raise InputError for a map that does not fit the layers of `tower`; `refused` cannot be quantized."""
+        given = self.options.precision_map
+        if given is not None:
+            known = {linear.name: refused.get(linear.name) for linear in prepared.linears}
+            check_names(given.towers[tower], known, f"the {tower} tower")
+
+    def _keeps(self, score: Score) -> bool:
+        most = self.options.max_recall_drop
+        recalls = most is None or (score.recall_drop is not None and score.recall_drop <= most)
+        return score.cosine >= self.min_cosine and recalls
+
+    def _judge(self, tower: Tower, reference: Reference) -> Judge:
+        """Judges `tower` with the other one in fp32, on as many inputs as `reference` has."""
+        other = next((name for name in self.references if name != tower), None)
+        others = None if other is None else self.references[other].embeddings()
+        own = reference.embeddings()
+        if other is None or others is None or own is None or not self.data.paired:
+            return Judge(reference=reference, others=others)
+        beside = others[: len(own)]
+
+        def recall(found: np.ndarray) -> Recall:
+            return self._recall({tower: found, other: beside})
+
+        return Judge(reference=reference, others=others, recall=recall)
+
+    def _recall(self, embeddings: Mapping[Tower, np.ndarray]) -> Recall:
+        count = len(embeddings["image"])
+        captions, pictures = (self.data.held_out(tower)[:count] for tower in ("text", "image"))
+        return recall_at(embeddings["image"], embeddings["text"], 1, labels=captions, pictures=pictures)
+
+    def _pairs(self, outputs: Mapping[Tower, Outputs]) -> dict[str, Any] | None:
+        """R@1 of the pairs in fp32 and with both towers quantized, in percent; None where there are no pairs."""
+        found = {tower: self.references[tower].embeddings(batches) for tower, batches in outputs.items()}
+        expected = {tower: self.references[tower].embeddings() for tower in outputs}
+        known = [array for array in (*found.values(), *expected.values()) if array is not None]
+        if not self.data.paired or len(known) < 4:
+            return None
+        quantized, reference = (self._recall(cast("dict[Tower, np.ndarray]", each)) for each in (found, expected))
+        return {
+            "count": len(known[0]),
+            "recall_at_1": {"fp32": dataclasses.asdict(reference), "quantized": dataclasses.asdict(quantized)},
+            "recall_drop": recall_drop(quantized, reference),
+        }
+
+    def _missed(self, scores: Mapping[Tower, Score], pairs: Mapping[str, Any] | None) -> Iterator[str]:
+        """What of the contract is not kept, in words."""
+        for tower, score in scores.items():
+            if not score.cosine >= self.min_cosine:
+                yield f"min cosine of the {tower} tower is {score.cosine:.5f}, required is {self.min_cosine}"
+        most = self.options.max_recall_drop
+        if most is not None and (pairs is None or not pairs["recall_drop"] <= most):
+            drop = "not known" if pairs is None else f"{pairs['recall_drop']:.2f} points"
+            yield f"R@1 drops by {drop}, allowed are {most}"
+
+    def _search_key(self, tower: Tower, quantizer: Quantizer) -> str:
+        """Stands for all that the scores of a search depend on."""
+        parts = [
+            self.precision,
+            self.min_cosine,
+            self.bundle.graph_sha256(tower),
+            quantizer.digest,
+            self.options.max_recall_drop,
+            [digest.hex() for samples in self.data.towers.values() for digest in samples.digests(held_out=True)],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _graph(self, tower: Tower) -> Graph:
+        return dataclasses.replace(self.bundle.graph(tower), file=f"{tower}.{self.precision}.onnx")
+
+    def _error(self, missed: Sequence[str], towers: Mapping[Tower, _Tower], report: dict[str, Any]) -> ContractError:
+        """The error for what missed the contract; the report is written beside the bundle and named."""
+        with staged_file(self.report_path) as file, writing(self.report_path):
+            file.write(json.dumps(report, indent=2).encode("ascii") + b"\n")
+        worst = [
+            f"{tower} {name} ({score.cosine:.5f})" for tower, made in towers.items() for name, score in made.worst()
+        ]
+        blamed = f"; worst alone: {', '.join(worst)}" if worst else ""
+        return ContractError(
+            f"{self.precision} misses its contract: {'; '.join(missed)}{blamed}. Nothing is published; the report is "
+            f"{self.report_path}",
+            hint="--precision auto leaves the worst layers in fp16; more --calibration inputs may help; "
+            "--allow-below-contract publishes it marked as such",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tower:
+    """A quantized tower: the format of each linear layer, its outputs for the reference's inputs, how it was found."""
+
+    formats: dict[str, str]
+    outputs: Outputs
+    found: Found
+    report: dict[str, Any]
+
+    def worst(self) -> list[tuple[str, Score]]:
+        """The layers that lose most alone, the worst first."""
+        ranked = sorted(self.found.sensitivity.items(), key=lambda item: -item[1].damage)
+        return ranked[:_WORST]
+
+
+def _formats(layers: Mapping[str, str], usual: FormatName) -> dict[str, FormatName]:
+    """The format for which each layer of a map is treated: `usual` for those that stay high.
+
+    A search leaves layers out after they were smoothed with the others, and they stay so.
+    """
+    return {name: usual if format_ == HIGH else find_format(format_).name for name, format_ in layers.items()}
+
+
+def _mixed(prepared: Prepared, mix: Sequence[str]) -> dict[str, str]:
+    return {
+        linear.name: prepared.treatments[linear.name].format if linear.name in mix else HIGH
+        for linear in prepared.linears
+    }
+
+
+def _report(samples: Samples, prepared: Prepared, found: Found, refused: Mapping[str, str]) -> dict[str, Any]:
+    """JSON-ready: the share of FLOPs, and of each layer how it is held, what that costs, and why it stayed high."""
+    formats, high = _mixed(prepared, found.mix), {item.linear: item.why for item in found.high} | dict(refused)
+    layers = {}
+    for name, format_ in formats.items():
+        layer: dict[str, Any] = {"format": format_, "share": prepared.costs[name] / prepared.total}
+        if name in prepared.treatments:
+            treatment = prepared.treatments[name]
+            layer |= {"smoothing": treatment.strength, "scale": treatment.scale, "error": treatment.error}
+        if name in found.sensitivity:
+            layer["alone"] = dataclasses.asdict(found.sensitivity[name])
+        if format_ == HIGH:
+            layer["why"] = high.get(name, "the precision map says so")
+        layers[name] = layer
+    return {
+        "calibrated_on": f"{prepared.calibrated_on} of {samples.source}, {int(samples.held_out.sum())} held out",
+        "share": found.share,
+        "evaluations": found.evaluations,
+        "layers": layers,
+    }

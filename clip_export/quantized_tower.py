@@ -1,0 +1,230 @@
+"""One tower to 8 bits: calibrated once, smoothed, turned to half, and scored for any mix of quantized layers.
+
+The steps are those of clip_export/precision, in their order; here they get the inputs of a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_export.errors import InputError
+from clip_export.feeds import Feeds, Samples, golden_feeds
+from clip_export.judging import Outputs, run_graph
+from clip_export.precision.calibrate import Calibration, cached, calibrate, calibration_key
+from clip_export.precision.fits import HALF_TYPES
+from clip_export.precision.formats import FORMATS, FormatName
+from clip_export.precision.half import HalfReport
+from clip_export.precision.linears import Linear, find_linears, find_weights
+from clip_export.precision.quantize import Quantized, QuantizedAttention, needs_wide, quantize, refusals
+from clip_export.precision.ranges import Ranges, measure
+from clip_export.precision.refine import refine
+from clip_export.precision.simulate import simulate
+from clip_export.precision.smooth import foldable, smooth
+from clip_export.precision.switchable import Switched, switchable
+from clip_export.precision.treat import Treatment, treat
+from clip_export.progress import Progress
+from clip_export.variants import KEPT_FP32
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+ROWS = 512  # of each layer's input that are kept: scales and smoothing are searched on them
+# Of what a contract lets a cosine lose, the part that half precision may take before anything is quantized.
+HALF_PART = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A tower that is ready to be quantized.
+
+    `smoothed` is the fp32 graph with what was found in `treatments` folded in; `costs` are FLOPs for one input, of the
+    layers that may be quantized, and `total` those of all linear layers.
+    """
+
+    linears: tuple[Linear, ...]
+    treatments: Mapping[str, Treatment]
+    smoothed: Path
+    costs: Mapping[str, float]
+    total: float
+    calibrated_on: int
+
+    def share(self, mix: Collection[str]) -> float:
+        """The part of the tower's linear FLOPs that is in `mix`, 0 to 1."""
+        return sum(cost for name, cost in self.costs.items() if name in mix) / self.total
+
+
+def prepare_tower(
+    samples: Samples,
+    formats: Mapping[str, FormatName] | FormatName,
+    *,
+    method: str,
+    work: Path,
+    cache: Path,
+    progress: Progress,
+) -> Prepared:
+    """Calibrate the tower of `samples`, find how each layer is best quantized, and smooth its graph into `work`.
+
+    `formats` is that of every layer, or of each; what it does not name is not quantized. Calibrations are kept in the
+    directory `cache`.
+    """
+    import onnx_ir
+
+    path = samples.bundle.graph_path(samples.tower)
+    model = onnx_ir.load(path)
+    every, linears = find_linears(model.graph), find_linears(model.graph, keep=KEPT_FP32)
+    calibration = _calibration(samples, every, cache, progress)
+    costs = {linear.name: 2 * calibration.counts[linear.source] * linear.inputs * linear.outputs for linear in every}
+    wanted = {linear.name: formats if isinstance(formats, str) else formats.get(linear.name) for linear in linears}
+    folds = foldable(model, [linear.name for linear in linears])
+    treatments = {}
+    for number, linear in enumerate(linears):
+        progress(f"{samples.tower}: find scales", number, len(linears))
+        format_ = wanted[linear.name]
+        if format_ is not None:
+            treatments[linear.name] = treat(
+                linear,
+                find_weights(model.graph, linear),
+                calibration.rows[linear.source],
+                calibration.ranges.of(linear.source),
+                FORMATS[format_],
+                method=method,
+                foldable=linear.name in folds,
+            )
+    smoothed = work / f"{samples.tower}.smoothed.onnx"
+    smooth(path, smoothed, {name: found.divisor for name, found in treatments.items() if found.strength is not None})
+    return Prepared(
+        linears=tuple(linears),
+        treatments=treatments,
+        smoothed=smoothed,
+        costs={linear.name: costs[linear.name] for linear in linears},
+        total=sum(costs.values()),
+        calibrated_on=calibration.inputs,
+    )
+
+
+def _calibration(samples: Samples, linears: Sequence[Linear], cache: Path, progress: Progress) -> Calibration:
+    path = samples.bundle.graph_path(samples.tower)
+    key = calibration_key(samples.bundle.graph_sha256(samples.tower), samples.digests(), rows=ROWS)
+    return cached(
+        cache / f"{samples.tower}-{key[:16]}.safetensors",
+        lambda: calibrate(
+            path,
+            samples.calibration(),
+            sources=list(dict.fromkeys(linear.source for linear in linears)),
+            inputs=samples.count,
+            rows=ROWS,
+            progress=progress,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """The smoothed graph in fp16 at `path`, what became of it, and the ranges of the smoothed one."""
+
+    path: Path
+    report: HalfReport
+    ranges: Ranges
+
+
+def to_half(
+    prepared: Prepared, samples: Samples, target: Path, *, min_cosine: float, everything: bool, progress: Progress
+) -> Half:
+    """The smoothed graph in fp16 at `target`, with as much in fp32 as it takes for next to nothing to be lost yet."""
+    golden = list(golden_feeds(samples.bundle, samples.tower))
+    ranges = measure(prepared.smoothed, itertools.chain(golden, samples.judges), progress=progress)
+    report = refine(
+        prepared.smoothed,
+        target,
+        precision="fp16",
+        ranges=ranges,
+        feeds=golden,
+        required=1 - HALF_PART * (1 - min_cosine),
+        keep=() if everything else KEPT_FP32,
+        everything=everything,
+        progress=progress,
+    )
+    return Half(path=target, report=report, ranges=ranges)
+
+
+def run_simulated(graph: Path, feeds: Sequence[Feeds], work: Path) -> Outputs:
+    """What a GPU computes with the half graph at `graph`, batch by batch, on the CPU."""
+    simulation = work / f"{graph.stem}.simulation.onnx"
+    simulate(graph, simulation)
+    return run_graph(simulation, feeds)
+
+
+class Quantizer:
+    """A half graph whose layers can be quantized in any mix, run on the CPU as a GPU would, and written.
+
+    `costs` are those of the layers that can be; `high` says of each other one why it cannot.
+    """
+
+    def __init__(self, prepared: Prepared, half: Half) -> None:
+        import onnx_ir
+
+        self._prepared, self._half, self._ranges = prepared, half.path, half.ranges
+        graph = onnx_ir.load(half.path).graph
+        all_ = {
+            linear.name: self._quantized(graph, linear, prepared.treatments[linear.name])
+            for linear in prepared.linears
+            if linear.name in prepared.treatments
+        }
+        self.high = refusals(graph, all_)
+        self._mix = {name: quantized for name, quantized in all_.items() if name not in self.high}
+        self.costs = {name: cost for name, cost in prepared.costs.items() if name in self._mix}
+        switches = half.path.with_name(f"{half.path.stem}.switches.onnx")
+        switchable(half.path, switches, self._mix)
+        self._switched = Switched(switches)
+
+    def _quantized(self, graph: ir.Graph, linear: Linear, found: Treatment) -> Quantized:
+        largest = self._ranges.of(linear.name)  # a MatMul's output has its name
+        wide = needs_wide(find_weights(graph, linear), largest, FORMATS[found.format], HALF_TYPES["fp16"])
+        return Quantized(format=found.format, scale=found.scale, wide=wide)
+
+    def run(self, feeds: Sequence[Feeds], mix: Collection[str]) -> Outputs:
+        """The outputs, batch by batch, with the layers of `mix` quantized."""
+        return self._switched.run(feeds, mix)
+
+    def write(self, mix: Collection[str], target: Path, *, attention: bool = False) -> None:
+        """Write the half graph with the layers of `mix` quantized, and with `attention` its products too."""
+        chosen = {name: quantized for name, quantized in self._mix.items() if name in mix}
+        quantize(self._half, target, chosen, attention=self._attention(chosen) if attention else None)
+
+    def _attention(self, mix: Mapping[str, Quantized]) -> dict[str, QuantizedAttention]:
+        """The scales of every attention in half, from the largest values of its operands."""
+        import onnx_ir
+
+        formats = {quantized.format for quantized in mix.values()}
+        if len(formats) != 1:
+            message = f"attention is quantized in the one format of the layers, found {sorted(formats) or 'none'}"
+            raise InputError(message, hint="leave out --quantize-attention")
+        format_ = FORMATS[formats.pop()]
+        found = {}
+        for node in onnx_ir.load(self._half).graph:
+            if node.op_type == "Attention":
+                scales = [self._ranges.largest(str(value.name)) / format_.largest for value in node.inputs[:3] if value]
+                query, key, value = scales
+                found[str(node.name)] = QuantizedAttention(format=format_.name, query=query, key=key, value=value)
+        return found
+
+    def share(self, mix: Collection[str]) -> float:
+        """As that of Prepared."""
+        return self._prepared.share(mix)
+
+    @property
+    def digest(self) -> str:
+        """Stands for the half graph and for how each layer would be quantized."""
+        files = sorted(self._half.parent.glob(f"{self._half.name}*"))
+        parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        parts += [f"{name} {quantized}" for name, quantized in self._mix.items()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Let the engine go."""
+        self._switched.close()

@@ -1,0 +1,307 @@
+"""What a bundle is calibrated on and judged by: where it comes from, how it is parted, and in which batches it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clip_export
+from clip_export.bundle import Bundle, Graph
+from clip_export.errors import ImageError, InputError
+from clip_export.feeds import BATCH, LEAST_INPUTS, Data, Feeds, Samples, gather, golden_feeds, image_feeds, text_feeds
+from clip_export.prompts import prompts
+from clip_export.spec import Tower
+
+COUNT = 22  # pictures: two batches and a part of one
+CAPTIONS = [f"picture number {number} of {'very ' * (number % 5)}many" for number in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_bundle: Path) -> Bundle:
+    return Bundle.open(demo_bundle)
+
+
+@pytest.fixture(scope="module")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return clip_export.build("demo", tmp_path_factory.mktemp("bundles") / "text", towers=("text",))
+
+
+@pytest.fixture(scope="module")
+def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return clip_export.build("demo", tmp_path_factory.mktemp("bundles") / "image", towers=("image",))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A folder of different pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(COUNT):
+        write_picture(folder / f"{number:02}.png", seed=number)
+    return folder
+
+
+@pytest.fixture
+def pairs(plain: Path) -> Path:
+    """The same with captions, the last picture first: so that their order is not that of the files."""
+    rows = [{"file": f"{number:02}.png", "caption": CAPTIONS[number]} for number in reversed(range(COUNT))]
+    (plain / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return plain
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"line {number}\n" for number in range(12)), encoding="utf-8")
+    return path
+
+
+def write_picture(path: Path, *, seed: int) -> None:
+    levels = np.random.default_rng(seed).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    Image.fromarray(levels).resize((64, 64)).save(path)
+
+
+def rows(batches: Iterable[Feeds]) -> list[bytes]:
+    """One value for each input, the same for the same: its pixels, or its tokens up to the end."""
+    found = []
+    for batch in batches:
+        if "pixels" in batch:
+            found += [pixels.tobytes() for pixels in batch["pixels"]]
+        else:
+            ends = batch["eot_index"]
+            found += [ids[: end + 1].tobytes() for ids, end in zip(batch["input_ids"], ends, strict=True)]
+    return found
+
+
+def everything(samples: Samples) -> list[bytes]:
+    """Every input of `samples` in its order, as it comes from the bundle's own preprocessing."""
+    if samples.tower == "text":
+        return rows(text_feeds(samples.bundle, [item for item in samples.items if isinstance(item, str)]))
+    return rows(image_feeds(samples.bundle, [item for item in samples.items if isinstance(item, Path)]))
+
+
+# Where they come from
+
+
+def test_a_folder_of_pairs(bundle: Bundle, pairs: Path) -> None:
+    data = gather(bundle, [pairs], None)
+    assert data.paired
+    assert data.towers["image"].items == tuple(pairs / f"{number:02}.png" for number in reversed(range(COUNT)))
+    assert data.towers["text"].items == tuple(reversed(CAPTIONS))
+    assert data.towers["image"].source == f"{COUNT} pictures of pictures"
+    assert data.towers["text"].source == f"{COUNT} captions of the pictures"
+    assert np.array_equal(data.towers["image"].held_out, data.towers["text"].held_out)  # pairs are held out as pairs
+    held_out = dict(zip(data.held_out("image"), data.held_out("text"), strict=True))
+    assert held_out == {file: CAPTIONS[int(Path(file).stem)] for file in held_out}
+
+
+def test_a_file_of_texts_goes_before_captions(bundle: Bundle, pairs: Path, texts: Path) -> None:
+    data = gather(bundle, [pairs], texts)
+    assert not data.paired  # line i is not about picture i
+    assert data.towers["text"].items == tuple(f"line {number}" for number in range(12))
+    assert data.towers["text"].source == "12 texts of texts.txt"
+    assert len(data.towers["image"].items) == COUNT
+
+
+def test_without_texts_the_built_in_prompts_are_taken_and_said_to_be(bundle: Bundle, plain: Path) -> None:
+    data = gather(bundle, [plain], None)
+    assert not data.paired
+    assert data.towers["text"].items == prompts()
+    assert data.towers["text"].source == f"{len(prompts())} built-in prompts, since no texts were given"
+
+
+def test_pictures_by_name_and_from_several_places(bundle: Bundle, pairs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write_picture(other / "one.png", seed=100)
+    files = sorted(pairs.glob("*.png"))[:LEAST_INPUTS]
+    data = gather(bundle, [*files, other], None)
+    assert not data.paired
+    assert data.towers["image"].items == (*files, other / "one.png")
+    assert data.towers["image"].source.startswith(f"{LEAST_INPUTS + 1} pictures of 00.png, ")
+
+
+@pytest.mark.parametrize("count", [1, LEAST_INPUTS - 1])
+def test_too_few_pictures(bundle: Bundle, plain: Path, count: int) -> None:
+    files = sorted(plain.iterdir())
+    with pytest.raises(InputError, match=f"expected at least {LEAST_INPUTS} pictures .*, found {count}\n") as caught:
+        gather(bundle, files[:count], None)
+    assert "some hundred" in str(caught.value.hint)
+    assert len(gather(bundle, files[:LEAST_INPUTS], None).towers["image"].items) == LEAST_INPUTS
+
+
+def test_too_few_texts(bundle: Bundle, plain: Path, texts: Path) -> None:
+    texts.write_text("one\ntwo\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"expected at least {LEAST_INPUTS} texts .*, found 2\n"):
+        gather(bundle, [plain], texts)
+
+
+def test_no_pictures_at_all(bundle: Bundle, image_bundle: Bundle, texts: Path) -> None:
+    for opened in (bundle, image_bundle):
+        with pytest.raises(InputError, match="calibrated on real pictures, and none were given") as caught:
+            gather(opened, [], texts)
+        assert "--calibration DIRECTORY" in str(caught.value.hint)
+
+
+def test_a_tower_that_is_not_there_needs_no_data(
+    text_bundle: Bundle, image_bundle: Bundle, pairs: Path, texts: Path
+) -> None:
+    alone = gather(text_bundle, [], None)
+    assert (set(alone.towers), alone.towers["text"].items) == ({"text"}, prompts())
+    assert gather(text_bundle, [], texts).towers["text"].source == "12 texts of texts.txt"
+    captions = gather(text_bundle, [pairs], None)
+    assert (set(captions.towers), captions.towers["text"].items) == ({"text"}, tuple(reversed(CAPTIONS)))
+    images = gather(image_bundle, [pairs], None)
+    assert set(images.towers) == {"image"}
+    assert not captions.paired  # pairs need both
+    assert not images.paired
+
+
+def test_what_cannot_be_read(bundle: Bundle, plain: Path, texts: Path, tmp_path: Path) -> None:
+    texts.write_bytes(b"fine\n\xff\n")
+    with pytest.raises(InputError, match=r"texts\.txt, line 2: "):
+        gather(bundle, [plain], texts)
+    texts.write_bytes(b"")
+    with pytest.raises(InputError, match=r"expected texts in .*texts\.txt, found none"):
+        gather(bundle, [plain], texts)
+    with pytest.raises(InputError, match=r"nowhere\.txt cannot be read: No such file"):
+        gather(bundle, [plain], tmp_path / "nowhere.txt")
+    (plain / "00.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"00\.png"):
+        list(gather(bundle, [plain], None).towers["image"].calibration())
+
+
+def test_a_file_that_is_gone_has_no_digest(bundle: Bundle, plain: Path) -> None:
+    samples = gather(bundle, [plain], None).towers["image"]
+    (plain / "00.png").unlink()
+    with pytest.raises(InputError, match=r"00\.png cannot be read: No such file"):
+        list(samples.digests())
+
+
+# How they are parted
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_what_is_held_out_is_not_calibrated_on_and_nothing_is_lost(bundle: Bundle, pairs: Path, tower: Tower) -> None:
+    samples = gather(bundle, [pairs], None).towers[tower]
+    calibrated, judges = rows(samples.calibration()), rows(samples.judges)
+    assert len(calibrated) == samples.count == int((~samples.held_out).sum())
+    assert judges and not set(calibrated) & set(judges)
+    assert Counter(calibrated + judges) == Counter(everything(samples))
+    assert judges == [row for row, held in zip(everything(samples), samples.held_out, strict=True) if held]
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_golden_samples_are_neither(bundle: Bundle, pairs: Path, tower: Tower) -> None:
+    """They judge what is published, so they may not have shaped it."""
+    samples = gather(bundle, [pairs], None).towers[tower]
+    golden = set(rows(golden_feeds(bundle, tower)))
+    assert golden
+    assert not golden & set(rows(samples.calibration()) + rows(samples.judges))
+
+
+def test_the_golden_samples_are_all_there(bundle: Bundle) -> None:
+    golden = bundle.golden()
+    assert golden.image is not None
+    assert golden.text is not None
+    assert np.array_equal(np.concatenate([b["pixels"] for b in golden_feeds(bundle, "image")]), golden.image.pixels)
+    batches = list(golden_feeds(bundle, "text"))
+    for name, expected in (("input_ids", golden.text.input_ids), ("eot_index", golden.text.eot_index)):
+        assert np.array_equal(np.concatenate([batch[name] for batch in batches]), expected)
+
+
+# In which batches
+
+
+def test_texts_are_calibrated_on_by_length_with_hardly_any_padding(bundle: Bundle, plain: Path) -> None:
+    samples = gather(bundle, [plain], None).towers["text"]  # the built-in prompts, of every length
+    batches = list(samples.calibration())
+    by_position = [item for item, held in zip(samples.items, samples.held_out, strict=True) if not held]
+    as_they_come = list(text_feeds(bundle, [str(item) for item in by_position]))
+    assert Counter(rows(batches)) == Counter(rows(as_they_come))
+    lengths = np.concatenate([batch["eot_index"] for batch in batches]) + 1
+    assert (np.diff(lengths) >= 0).all()
+    # Sorted, what a batch's texts lack of its longest adds up to no more than the whole span for each place in it.
+    span = int(lengths.max() - lengths.min())
+    assert padding(batches) <= (BATCH - 1) * span < padding(as_they_come)
+
+
+def padding(batches: Iterable[Feeds]) -> int:
+    """How many tokens of all batches stand behind the end of a text."""
+    return sum(int((batch["input_ids"].shape[1] - 1 - batch["eot_index"]).sum()) for batch in batches)
+
+
+def test_the_same_text_twice_counts_twice(bundle: Bundle, plain: Path, texts: Path) -> None:
+    texts.write_text("a cat\na dog, far away\n" * 8, encoding="utf-8")
+    samples = gather(bundle, [plain], texts).towers["text"]
+    assert sum(Counter(rows(samples.calibration())).values()) == samples.count
+    assert Counter(rows(samples.calibration())) + Counter(rows(samples.judges)) == Counter(everything(samples))
+    assert set(Counter(everything(samples)).values()) == {8}
+
+
+def test_batches_are_as_wide_as_their_longest_text_where_the_graph_takes_that(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["a cat", "a photo of two small dogs in the snow", "x"]
+    (batch,) = text_feeds(bundle, texts)
+    assert batch["input_ids"].shape == (3, int(batch["eot_index"].max()) + 1)
+    graph = bundle.graph("text")
+
+    def fixed(self: Bundle, tower: Tower, precision: str = "fp32") -> Graph:
+        return dataclasses.replace(graph, sequence_dynamic=False)
+
+    monkeypatch.setattr(Bundle, "graph", fixed)
+    (whole,) = text_feeds(bundle, texts)
+    assert bundle.spec.text is not None
+    assert whole["input_ids"].shape == (3, bundle.spec.text.context_length)
+    assert rows([whole]) == rows([batch])
+
+
+def test_no_batch_is_larger_than_it_says(bundle: Bundle, pairs: Path) -> None:
+    data = gather(bundle, [pairs], None)
+    for samples in data.towers.values():
+        sizes = [len(next(iter(batch.values()))) for batch in samples.calibration()]
+        assert sizes == [BATCH] * (samples.count // BATCH) + [samples.count % BATCH] * (samples.count % BATCH > 0)
+
+
+# What stands for them
+
+
+def digests(data: Data) -> dict[tuple[Tower, bool], list[bytes]]:
+    return {
+        (tower, held): list(samples.digests(held_out=held))
+        for tower, samples in data.towers.items()
+        for held in (False, True)
+    }
+
+
+def test_digests_follow_the_content_of_their_own_part(bundle: Bundle, pairs: Path) -> None:
+    data = gather(bundle, [pairs], None)
+    before = digests(data)
+    assert {key: len(found) for key, found in before.items()} == {
+        (tower, held): int((samples.held_out == held).sum())
+        for tower, samples in data.towers.items()
+        for held in (False, True)
+    }
+    held = Path(data.held_out("image")[0])
+    write_picture(held, seed=1000)
+    after = digests(gather(bundle, [pairs], None))
+    assert {key for key in before if before[key] != after[key]} == {("image", True)}
+    captions = pairs / "captions.jsonl"
+    calibrated = next(str(item) for item in data.towers["text"].items if item not in data.held_out("text"))
+    captions.write_text(captions.read_text().replace(calibrated, "something else"))
+    changed = digests(gather(bundle, [pairs], None))
+    assert {key for key in before if after[key] != changed[key]} == {("text", False)}
+
+
+def test_digests_do_not_hang_on_where_pictures_are(bundle: Bundle, pairs: Path, tmp_path: Path) -> None:
+    before = digests(gather(bundle, [pairs], None))
+    moved = pairs.rename(tmp_path / "elsewhere")
+    assert digests(gather(bundle, [moved], None)) == before
