@@ -6,6 +6,7 @@ accuracy contract is not published, and no plan is built from it. What the bundl
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -76,8 +77,9 @@ def extend(
         staged = _Staged(opened, staging, quantization, progress)
         variants = dict.fromkeys([_variant(target, precision) for target in targets] or [precision])
         new = [name for name in variants if name != "fp32" and (force or name not in staged.variants)]
-        if not new and inputs:
-            hint = "make the graphs anew with --force, or leave the calibration out"
+        settled = dataclasses.replace(quantization, allow_slower=False) == Quantization()  # that one is about plans
+        if not new and (inputs or not settled):
+            hint = "make the graphs anew with --force, or leave out the calibration and the contract"
             raise InputError(
                 f"{', '.join(variants)} graphs are there already, and nothing is to be measured", hint=hint
             )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
+import pictures
 import pytest
 
 import clip_export
@@ -38,6 +40,33 @@ def check(bundle: Bundle, gpus: tuple[str, ...]) -> None:
 
 def test_vit_b_32(tmp_path: Path) -> None:
     check(built("vit-b-32", tmp_path, GPUS), GPUS)
+
+
+@pytest.mark.slow
+def test_vit_b_32_in_8_bits(tmp_path: Path) -> None:
+    """Every linear layer of the blocks, on each GPU that has the format, and all of them multiply in it."""
+    random_checkpoint.make("vit-b-32", tmp_path / "checkpoint")
+    clip_export.build(tmp_path / "checkpoint", tmp_path / "bundle")
+    for precision, gpus in (("int8", GPUS), ("fp8", ("sm_89", "sm_120"))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of products that were quantized and run in half
+            bundle = clip_export.extend(
+                tmp_path / "bundle",
+                precision=precision,
+                engine="tensorrt-rtx",
+                gpus=gpus,
+                options=ONE_PROFILE,
+                calibration=list(pictures.PHOTOGRAPHS.values()),
+            )
+    built = {(plan.precision, plan.compute_capability) for plan in bundle.manifest.plans}
+    assert built == {
+        *(("int8all" if gpu == "sm_75" else "int8", gpu) for gpu in GPUS),
+        *(("fp8", gpu) for gpu in ("sm_89", "sm_120")),
+    }
+    for precision in ("int8", "int8all", "fp8"):
+        towers = bundle.report()["precisions"][precision]["towers"]
+        assert all(tower["share"] > 0.95 for tower in towers.values())  # the rest is the projection
+        assert clip_export.verify(bundle, precision=precision).passed
 
 
 @pytest.mark.slow
