@@ -102,6 +102,9 @@ def find_targets(engine: str | None, gpus: Sequence[str], precision: str, option
     if engine == "tensorrt-rtx" and options.hardware_compatibility:
         message = "tensorrt-rtx has no hardware compatibility to ask for"
         raise InputError(message, hint="--gpu portable builds one plan for sm_80 and later")
+    if precision == CPU_INT8:
+        message = f"{CPU_INT8} is for ONNX Runtime on CPUs, and {engine} was asked for"
+        raise InputError(message, hint="leave out the engine, or build int8 with it")
     compiler = backends.compiler(engine)
     found = [compiler.target(gpu) for gpu in dict.fromkeys(gpus)] or [compiler.target(None)]
     for target in found:

@@ -325,6 +325,11 @@ def test_what_a_compiler_warns_of_is_said(bundle: Path, monkeypatch: pytest.Monk
         ({"precision": "int3"}, InputError, "there is no precision 'int3'"),
         ({"engine": "tensorflow"}, BackendError, "'tensorflow' compiles no plans"),
         ({"gpus": ["sm_86"]}, InputError, "a GPU was given, and no engine to build for it"),
+        (
+            {"engine": "tensorrt-rtx", "gpus": ["sm_86"], "precision": "int8cpu"},
+            InputError,
+            "is for ONNX Runtime on CPUs",
+        ),
         ({"engine": "tensorrt-rtx", "gpus": ["sm_90"]}, PlanBuildError, "builds for sm_75, .*; found sm_90"),
         ({"engine": "tensorrt-rtx", "gpus": ["rtx4090"]}, PlanBuildError, "found rtx4090"),
         ({"engine": "tensorrt-rtx", "gpus": ["sm_86"], "towers": ["sound"]}, InputError, "has no sound tower"),
