@@ -297,11 +297,12 @@ class _Maker:
             f"{tower} {name} ({score.cosine:.5f})" for tower, made in towers.items() for name, score in made.worst()
         ]
         blamed = f"; worst alone: {', '.join(worst)}" if worst else ""
+        searched = self.precision in SEARCHED
+        instead = "ask for less with --min-cosine" if searched else "--precision auto leaves the worst layers in fp16"
         return ContractError(
             f"{self.precision} misses its contract: {'; '.join(missed)}{blamed}. Nothing is published; the report is "
             f"{self.report_path}",
-            hint="--precision auto leaves the worst layers in fp16; more --calibration inputs may help; "
-            "--allow-below-contract publishes it marked as such",
+            hint=f"{instead}; more --calibration inputs may help; --allow-below-contract publishes it marked as such",
         )
 
 
