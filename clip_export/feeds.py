@@ -17,7 +17,7 @@ import numpy as np
 from clip_export.bundle import Bundle
 from clip_export.errors import InputError
 from clip_export.inputs import find_images, read_lines
-from clip_export.pairs import find_pairs, hold_out
+from clip_export.pairs import find_pairs, hold_out, spread
 from clip_export.prompts import prompts
 from clip_export.runtime import front
 from clip_export.spec import Tower
@@ -88,9 +88,11 @@ class Samples:
         """How many inputs are calibrated on."""
         return int((~self.held_out).sum())
 
-    def calibration(self) -> Iterator[Feeds]:
-        """Batches to calibrate on, read as they are asked for; texts by length, so that hardly any has padding."""
+    def calibration(self, most: int | None = None) -> Iterator[Feeds]:
+        """Batches to calibrate on, all or `most`, read as they are asked for; texts by length: hardly any padding."""
         items = [item for item, held in zip(self.items, self.held_out, strict=True) if not held]
+        if most is not None:
+            items = [items[place] for place in spread(len(items), most)]
         if self.tower == "text":
             items = sorted(items, key=self._length)
         yield from self._feeds(items)

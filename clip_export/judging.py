@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TypeAlias
 import numpy as np
 
 from clip_export import backends
-from clip_export.feeds import Feeds, Samples, golden_feeds
+from clip_export.feeds import BATCH, Feeds, Samples, golden_feeds
+from clip_export.pairs import spread
 from clip_export.precision.search import Score
 from clip_export.retrieval import Recall, top1_agreement
 
@@ -36,6 +38,7 @@ class Reference:
     feeds: tuple[Feeds, ...]
     outputs: tuple[dict[str, np.ndarray], ...]
     golden: int  # of the batches
+    rows: np.ndarray  # which of all held-out inputs these are, int64 [n]
 
     @classmethod
     def of(cls, samples: Samples) -> Reference:
@@ -43,7 +46,8 @@ class Reference:
         golden = list(golden_feeds(samples.bundle, samples.tower))
         feeds = (*golden, *samples.judges)
         outputs = run_graph(samples.bundle.graph_path(samples.tower), feeds)
-        return cls(feeds=feeds, outputs=tuple(outputs), golden=len(golden))
+        held_out = sum(map(_size, samples.judges))
+        return cls(feeds=feeds, outputs=tuple(outputs), golden=len(golden), rows=np.arange(held_out))
 
     def embeddings(self, outputs: Outputs | None = None) -> np.ndarray | None:
         """Those of the held-out inputs, float32 [n, dim]: the reference's, or those in `outputs`."""
@@ -52,13 +56,22 @@ class Reference:
             return None
         return np.concatenate([batch[EMBEDDING] for batch in batches])
 
-    def first(self, held_out: int) -> Reference:
-        """With no more than the first `held_out` held-out inputs, by whole batches."""
-        batches, count = self.golden, 0
-        while batches < len(self.feeds) and count < held_out:
-            count += _rows(self.feeds[batches])
-            batches += 1
-        return Reference(feeds=self.feeds[:batches], outputs=self.outputs[:batches], golden=self.golden)
+    def spread(self, held_out: int) -> Reference:
+        """With about `held_out` of the held-out inputs, in whole batches that are spread evenly over all of them."""
+        count = len(self.feeds) - self.golden
+        kept = [*range(self.golden), *(self.golden + spread(count, -(-held_out // BATCH)))]
+        return dataclasses.replace(
+            self,
+            feeds=tuple(self.feeds[batch] for batch in kept),
+            outputs=tuple(self.outputs[batch] for batch in kept),
+            rows=np.concatenate([self.rows[:0], *(self._rows_of(batch) for batch in kept[self.golden :])]),
+        )
+
+    def _rows_of(self, batch: int) -> np.ndarray:
+        """The places of a batch among the held-out inputs."""
+        starts = np.cumsum([0, *(_size(feeds) for feeds in self.feeds[self.golden :])])
+        first, last = starts[batch - self.golden], starts[batch - self.golden + 1]
+        return self.rows[first:last]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +79,13 @@ class Judge:
     """Scores outputs of one tower against `reference`.
 
     `others` are reference embeddings of the other tower, among which the nearest is looked for; of this one where there
-    is no other. `recall` gives the recall of this tower's held-out embeddings on pairs, None where there are none.
+    is no other. `drop` gives by how many points R@1 on pairs falls with this tower's embeddings of the reference's
+    held-out inputs, None where there are no pairs.
     """
 
     reference: Reference
     others: np.ndarray | None = None
-    recall: Callable[[np.ndarray], Recall] | None = None
+    drop: Callable[[np.ndarray], float] | None = None
 
     def score(self, outputs: Outputs) -> Score:
         """The score of `outputs`, those of the reference's inputs in their order."""
@@ -86,8 +100,8 @@ class Judge:
         found, expected = self.reference.embeddings(outputs), self.reference.embeddings()
         if found is not None and expected is not None:
             agreement = top1_agreement(found, expected, expected if self.others is None else self.others)
-            if self.recall is not None:
-                drop = recall_drop(self.recall(found), self.recall(expected))
+            if self.drop is not None:
+                drop = self.drop(found)
         return Score(
             cosine=float(cosines.min()), mean_cosine=float(cosines.mean()), agreement=agreement, recall_drop=drop
         )
@@ -109,5 +123,5 @@ def _cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(cosines), cosines, -1.0)
 
 
-def _rows(feeds: Feeds) -> int:
+def _size(feeds: Feeds) -> int:
     return len(next(iter(feeds.values())))

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from clip_export.errors import InputError
 
-__all__ = ["Pairs", "find_pairs", "hold_out"]
+__all__ = ["Pairs", "find_pairs", "hold_out", "spread"]
 
 _CSV, _JSONL = "captions.csv", "captions.jsonl"
 _COLUMNS = ("file", "caption")
@@ -87,9 +87,15 @@ def hold_out(count: int, share: float = 0.25, most: int = 256) -> npt.NDArray[np
     held: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
     if count >= 2:
         wanted = min(max(round(count * share), 1), count - 1, most)
-        # The middles of `wanted` equal parts, in whole numbers: distinct, since a part has at least one item.
-        held[(2 * np.arange(wanted) + 1) * count // (2 * wanted)] = True
+        held[spread(count, wanted)] = True
     return held
+
+
+def spread(count: int, most: int) -> npt.NDArray[np.int64]:
+    """At most `most` of the numbers 0 to `count`, ascending: the middles of equal parts, int64 [min(count, most)]."""
+    wanted = min(count, most)
+    # In whole numbers: distinct, since a part has at least one.
+    return (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * max(wanted, 1))
 
 
 def _text(path: Path) -> str:

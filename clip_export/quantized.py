@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,16 +28,18 @@ from clip_export.manifest import Contract
 from clip_export.output_file import staged_file, writing
 from clip_export.precision.cpu import quantize_for_cpu
 from clip_export.precision.formats import FormatName, find_format
-from clip_export.precision.search import Found, Journal, Score, search
+from clip_export.precision.search import Found, Journal, Mix, Score, search
 from clip_export.precision_map import HIGH, PrecisionMap, check_names, check_towers
 from clip_export.progress import Progress
 from clip_export.quantization import QUANTIZED, SEARCHED, Quantization
-from clip_export.quantized_tower import Prepared, Quantizer, prepare_tower, run_simulated, to_half
+from clip_export.quantized_tower import Prepared, Quantizer, layer_names, prepare_tower, run_simulated, to_half
 from clip_export.retrieval import Recall, recall_at
 from clip_export.spec import Tower
 from clip_export.verification import CONTRACTS
 
 _WORST = 5  # layers that an error names
+# Part of every key of a search: one more where the same options would give other scores.
+_SEARCH_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +112,13 @@ class _Maker:
 
     def make(self, staging: Path) -> Made:
         """Quantize every tower, hold them to the contract together, and write their graphs and the map."""
-        towers = {tower: self._tower(tower, staging) for tower in self.data.towers}
+        for tower in self.data.towers:
+            self._check_map(tower, dict.fromkeys(layer_names(self.data.towers[tower])))
+        towers: dict[Tower, _Tower] = {}
+        for tower in self.data.towers:
+            towers[tower] = self._tower(tower, staging, {name: made.outputs for name, made in towers.items()})
         outputs = {tower: made.outputs for tower, made in towers.items()}
-        scores = {tower: self._judge(tower, self.references[tower]).score(found) for tower, found in outputs.items()}
+        scores = {tower: made.found.score for tower, made in towers.items()}
         pairs = self._pairs(outputs)
         missed = list(self._missed(scores, pairs))
         report: dict[str, Any] = {
@@ -123,8 +130,11 @@ class _Maker:
             },
             "pairs": pairs,
         }
+        if not any(made.found.mix for made in towers.values()):
+            raise self._error(["no layer is left to quantize", *missed], towers, report)
         if missed and not self.options.allow_below_contract:
             raise self._error(missed, towers, report)
+        self.report_path.unlink(missing_ok=True)  # of an earlier attempt, and no longer true
         formats = {tower: made.formats for tower, made in towers.items()}
         precision_map = PrecisionMap(precision=self.precision, method=self.options.ranges_by, towers=formats)
         precision_map.save(staging / f"{self.precision}.map.json")
@@ -134,12 +144,13 @@ class _Maker:
             contract=Contract(min_cosine=self.min_cosine, kept=not missed),
         )
 
-    def _tower(self, tower: Tower, staging: Path) -> _Tower:
+    def _tower(self, tower: Tower, staging: Path, made: Mapping[Tower, Outputs]) -> _Tower:
+        """Quantize `tower` beside those that are `made`, by their outputs."""
         samples, reference = self.data.towers[tower], self.references[tower]
         prepared = self._prepared(tower)
         target = staging / f"{tower}.{self.precision}.onnx"
         if self.precision == CPU_INT8:
-            return self._cpu_tower(tower, prepared, target)
+            return self._cpu_tower(tower, prepared, target, made)
         half = to_half(
             prepared,
             samples,
@@ -148,15 +159,19 @@ class _Maker:
             everything=self.precision.endswith("all"),
             progress=self.progress,
         )
-        quantizer = Quantizer(prepared, half)
+        judge = self._judge(tower, reference, made)
+        quantizer = Quantizer(prepared, half, attention=self.options.quantize_attention)
         try:
-            self._check_map(tower, prepared, quantizer.high)
-            found = self._found(tower, quantizer, self._judge(tower, reference.first(SEARCHED_WITH)))
+            self._check_map(tower, dict.fromkeys(quantizer.costs) | quantizer.high)
+            found = self._found(tower, quantizer, self._judge(tower, reference.spread(SEARCHED_WITH), made), judge)
+            quantizer.write(found.mix, target)
+            self.progress(f"{tower}: judge the {self.precision} graph", 0, 0)
+            outputs = run_simulated(target, reference.feeds, self.work)
+            found = dataclasses.replace(found, score=judge.score(outputs))
+            if not self._keeps(found.score):
+                found = self._blamed(tower, quantizer, judge, found)
         finally:
             quantizer.close()
-        quantizer.write(found.mix, target, attention=self.options.quantize_attention)
-        self.progress(f"{tower}: judge the {self.precision} graph", 0, 0)
-        outputs = run_simulated(target, reference.feeds, self.work)
         return _Tower(
             formats=_mixed(prepared, found.mix),
             outputs=outputs,
@@ -176,42 +191,45 @@ class _Maker:
             progress=self.progress,
         )
 
-    def _cpu_tower(self, tower: Tower, prepared: Prepared, target: Path) -> _Tower:
+    def _cpu_tower(self, tower: Tower, prepared: Prepared, target: Path, made: Mapping[Tower, Outputs]) -> _Tower:
         """The tower for ONNX Runtime: every layer in int8, the rest fp32; judged on the kernels of this CPU."""
-        self._check_map(tower, prepared, {})
         reference, mix = self.references[tower], self._quantized(tower, prepared.treatments)
         quantize_for_cpu(prepared.smoothed, target, {name: prepared.treatments[name].scale for name in mix})
         outputs = run_graph(target, reference.feeds)
-        score = self._judge(tower, reference).score(outputs)
+        score = self._judge(tower, reference, made).score(outputs)
         found = Found(mix=mix, score=score, high=(), sensitivity={}, evaluations=1, share=prepared.share(mix))
         report = _report(self.data.towers[tower], prepared, found, {})
         return _Tower(formats=_mixed(prepared, mix), outputs=outputs, found=found, report=report)
 
-    def _found(self, tower: Tower, quantizer: Quantizer, judge: Judge) -> Found:
-        """The mix of a tower: searched, or all that the format or the map quantizes."""
-
-        def evaluate(mix: frozenset[str]) -> Score:
-            return judge.score(quantizer.run(judge.reference.feeds, mix))
-
-        costs = quantizer.costs
+    def _found(self, tower: Tower, quantizer: Quantizer, sample: Judge, judge: Judge) -> Found:
+        """The mix of a tower: searched on a `sample` and confirmed by `judge`, or all that the format or map says."""
         if self.precision in SEARCHED and self.options.precision_map is None:
-            journal = Journal(self.cache / f"{tower}-search.jsonl", self._search_key(tower, quantizer))
-            found = search(costs, evaluate, self._keeps, journal=journal, progress=self.progress)
+            key = self._search_key(tower, quantizer)
+            path = self.cache / f"{tower}-{key[:16]}"
+            found = search(
+                quantizer.costs,
+                _scoring(quantizer, sample),
+                self._keeps,
+                confirm=_remembered(_scoring(quantizer, judge), Journal(path.with_suffix(".confirmed.jsonl"), key)),
+                journal=Journal(path.with_suffix(".search.jsonl"), key),
+                progress=lambda what, done, total: self.progress(f"{tower}: {what}", done, total),
+            )
             return dataclasses.replace(found, share=quantizer.share(found.mix))
-        mix = self._quantized(tower, costs)
-        self.progress(f"{tower}: judge the quantized layers", 0, 0)
-        score = evaluate(frozenset(mix))
+        mix = self._quantized(tower, quantizer.costs)
+        unknown = Score(cosine=math.nan, mean_cosine=math.nan, agreement=math.nan)
+        return Found(mix=mix, score=unknown, high=(), sensitivity={}, evaluations=1, share=quantizer.share(mix))
+
+    def _blamed(self, tower: Tower, quantizer: Quantizer, judge: Judge, found: Found) -> Found:
+        """`found` with the score of each layer of its mix alone, over all inputs: the report says who is to blame."""
         alone = {}
-        for number, name in enumerate(() if self._keeps(score) else mix):  # so that the report can say who is to blame
-            self.progress(f"{tower}: find the worst layers", number, len(mix))
-            alone[name] = evaluate(frozenset([name]))
-        return Found(
-            mix=mix,
-            score=score,
-            high=(),
-            sensitivity=alone,
-            evaluations=1 + len(alone),
-            share=quantizer.share(mix),
+        for number, name in enumerate(found.mix):
+            self.progress(f"{tower}: find the worst layers", number, len(found.mix))
+            alone[name] = judge.score(quantizer.run(judge.reference.feeds, [name]))
+        return dataclasses.replace(
+            found,
+            sensitivity={**found.sensitivity, **alone},
+            unquantized=judge.score(quantizer.run(judge.reference.feeds, ())),
+            evaluations=found.evaluations + len(alone) + 1,
         )
 
     def _quantized(self, tower: Tower, layers: Iterable[str]) -> tuple[str, ...]:
@@ -219,11 +237,10 @@ class _Maker:
         given = self.options.precision_map
         return tuple(name for name in layers if given is None or given.towers[tower][name] != HIGH)
 
-    def _check_map(self, tower: Tower, prepared: Prepared, refused: Mapping[str, str]) -> None:
-        """Raise InputError for a map that does not fit the layers of `tower`; `refused` cannot be quantized."""
+    def _check_map(self, tower: Tower, known: Mapping[str, str | None]) -> None:
+        """Raise InputError for a map that does not fit `known`, as `check_names` has it."""
         given = self.options.precision_map
         if given is not None:
-            known = {linear.name: refused.get(linear.name) for linear in prepared.linears}
             check_names(given.towers[tower], known, f"the {tower} tower")
 
     def _keeps(self, score: Score) -> bool:
@@ -231,23 +248,26 @@ class _Maker:
         recalls = most is None or (score.recall_drop is not None and score.recall_drop <= most)
         return score.cosine >= self.min_cosine and recalls
 
-    def _judge(self, tower: Tower, reference: Reference) -> Judge:
-        """Judges `tower` with the other one in fp32, on as many inputs as `reference` has."""
+    def _judge(self, tower: Tower, reference: Reference, made: Mapping[Tower, Outputs]) -> Judge:
+        """Judges `tower` on the inputs of `reference`; R@1 beside the other tower as it was `made`, or else in fp32."""
         other = next((name for name in self.references if name != tower), None)
-        others = None if other is None else self.references[other].embeddings()
+        exact = None if other is None else self.references[other].embeddings()
         own = reference.embeddings()
-        if other is None or others is None or own is None or not self.data.paired:
-            return Judge(reference=reference, others=others)
-        beside = others[: len(own)]
+        if other is None or exact is None or own is None or not self.data.paired:
+            return Judge(reference=reference, others=exact)
+        beside = self.references[other].embeddings(made[other]) if other in made else exact
+        assert beside is not None
+        rows, partner = reference.rows, other
+        expected = self._recall({tower: own, other: exact[rows]}, rows)
 
-        def recall(found: np.ndarray) -> Recall:
-            return self._recall({tower: found, other: beside})
+        def drop(found: np.ndarray) -> float:
+            return recall_drop(self._recall({tower: found, partner: beside[rows]}, rows), expected)
 
-        return Judge(reference=reference, others=others, recall=recall)
+        return Judge(reference=reference, others=exact, drop=drop)
 
-    def _recall(self, embeddings: Mapping[Tower, np.ndarray]) -> Recall:
-        count = len(embeddings["image"])
-        captions, pictures = (self.data.held_out(tower)[:count] for tower in ("text", "image"))
+    def _recall(self, embeddings: Mapping[Tower, np.ndarray], rows: np.ndarray) -> Recall:
+        """R@1 of held-out pairs, those in `rows`."""
+        captions, pictures = ([self.data.held_out(tower)[row] for row in rows] for tower in ("text", "image"))
         return recall_at(embeddings["image"], embeddings["text"], 1, labels=captions, pictures=pictures)
 
     def _pairs(self, outputs: Mapping[Tower, Outputs]) -> dict[str, Any] | None:
@@ -257,9 +277,11 @@ class _Maker:
         known = [array for array in (*found.values(), *expected.values()) if array is not None]
         if not self.data.paired or len(known) < 4:
             return None
-        quantized, reference = (self._recall(cast("dict[Tower, np.ndarray]", each)) for each in (found, expected))
+        rows = np.arange(len(known[0]))
+        quantized, reference = (self._recall(cast("dict[Tower, np.ndarray]", each), rows) for each in (found, expected))
         return {
-            "count": len(known[0]),
+            "count": len(rows),
+            "smallest_step": 100 / len(rows),  # in points: R@1 cannot fall by less
             "recall_at_1": {"fp32": dataclasses.asdict(reference), "quantized": dataclasses.asdict(quantized)},
             "recall_drop": recall_drop(quantized, reference),
         }
@@ -268,7 +290,7 @@ class _Maker:
         """What of the contract is not kept, in words."""
         for tower, score in scores.items():
             if not score.cosine >= self.min_cosine:
-                yield f"min cosine of the {tower} tower is {score.cosine:.5f}, required is {self.min_cosine}"
+                yield f"min cosine of the {tower} tower is {score.cosine:.7f}, required is {self.min_cosine:.7g}"
         most = self.options.max_recall_drop
         if most is not None and (pairs is None or not pairs["recall_drop"] <= most):
             drop = "not known" if pairs is None else f"{pairs['recall_drop']:.2f} points"
@@ -277,12 +299,19 @@ class _Maker:
     def _search_key(self, tower: Tower, quantizer: Quantizer) -> str:
         """Stands for all that the scores of a search depend on."""
         parts = [
+            _SEARCH_VERSION,
+            SEARCHED_WITH,
             self.precision,
             self.min_cosine,
-            self.bundle.graph_sha256(tower),
-            quantizer.digest,
             self.options.max_recall_drop,
+            tower,
+            *(self.bundle.graph_sha256(name) for name in self.data.towers),
+            quantizer.digest,
+            self.data.paired,
             [digest.hex() for samples in self.data.towers.values() for digest in samples.digests(held_out=True)],
+            # The second tower's R@1 is measured beside the first one as that was made.
+            [digest.hex() for samples in self.data.towers.values() for digest in samples.digests()],
+            [self.options.ranges_by, self.options.quantize_attention],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -293,10 +322,12 @@ class _Maker:
         """The error for what missed the contract; the report is written beside the bundle and named."""
         with staged_file(self.report_path) as file, writing(self.report_path):
             file.write(json.dumps(report, indent=2).encode("ascii") + b"\n")
-        worst = [
-            f"{tower} {name} ({score.cosine:.5f})" for tower, made in towers.items() for name, score in made.worst()
-        ]
+        worst = [f"{tower} {words}" for tower, made in towers.items() for words in made.worst()]
         blamed = f"; worst alone: {', '.join(worst)}" if worst else ""
+        for tower, made in towers.items():
+            if made.found.unquantized is not None and not self._keeps(made.found.unquantized):
+                cosine = made.found.unquantized.cosine
+                blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine:.7f}"
         searched = self.precision in SEARCHED
         instead = "ask for less with --min-cosine" if searched else "--precision auto leaves the worst layers in fp16"
         return ContractError(
@@ -315,10 +346,30 @@ class _Tower:
     found: Found
     report: dict[str, Any]
 
-    def worst(self) -> list[tuple[str, Score]]:
-        """The layers that lose most alone, the worst first."""
-        ranked = sorted(self.found.sensitivity.items(), key=lambda item: -item[1].damage)
-        return ranked[:_WORST]
+    def worst(self) -> list[str]:
+        """The layers of the mix that lose most alone, the worst first, in words; none where nothing was missed."""
+        alone = [(name, score) for name, score in self.found.sensitivity.items() if name in self.found.mix]
+        if self.found.unquantized is None:
+            return []
+        ranked = sorted(alone, key=lambda item: -item[1].damage)
+        return [f"{name} ({score.cosine:.7f})" for name, score in ranked[:_WORST]]
+
+
+def _scoring(quantizer: Quantizer, judge: Judge) -> Callable[[Mix], Score]:
+    return lambda mix: judge.score(quantizer.run(judge.reference.feeds, mix))
+
+
+def _remembered(evaluate: Callable[[Mix], Score], journal: Journal) -> Callable[[Mix], Score]:
+    """`evaluate`, but for what `journal` knows."""
+
+    def score(mix: Mix) -> Score:
+        found = journal.find(mix)
+        if found is None:
+            found = evaluate(mix)
+            journal.add(mix, found)
+        return found
+
+    return score
 
 
 def _formats(layers: Mapping[str, str], usual: FormatName) -> dict[str, FormatName]:

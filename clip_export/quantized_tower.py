@@ -6,7 +6,6 @@ The steps are those of clip_export/precision, in their order; here they get the 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from clip_export.precision.formats import FORMATS, FormatName
 from clip_export.precision.half import HalfReport
 from clip_export.precision.linears import Linear, find_linears, find_weights
 from clip_export.precision.quantize import Quantized, QuantizedAttention, needs_wide, quantize, refusals
-from clip_export.precision.ranges import Ranges, measure
+from clip_export.precision.ranges import Ranges, measure, merged
 from clip_export.precision.refine import refine
 from clip_export.precision.simulate import simulate
 from clip_export.precision.smooth import foldable, smooth
@@ -36,6 +35,16 @@ if TYPE_CHECKING:
 ROWS = 512  # of each layer's input that are kept: scales and smoothing are searched on them
 # Of what a contract lets a cosine lose, the part that half precision may take before anything is quantized.
 HALF_PART = 0.1
+# Inputs that the smoothed graph is measured on again, of those that it was calibrated on.
+MEASURED = 256
+
+
+def layer_names(samples: Samples) -> list[str]:
+    """The linear layers of the tower of `samples` that 8 bits are for, by the names that a map has for them."""
+    import onnx_ir
+
+    graph = onnx_ir.load(samples.bundle.graph_path(samples.tower)).graph
+    return [linear.name for linear in find_linears(graph, keep=KEPT_FP32)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +134,15 @@ def _calibration(samples: Samples, linears: Sequence[Linear], cache: Path, progr
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """The smoothed graph in fp16 at `path`, what became of it, and the ranges of the smoothed one."""
+    """The smoothed graph in fp16 at `path`, what became of it, and the ranges of the smoothed one.
+
+    `calibrated` are those of inputs to calibrate on; `ranges` are over the golden samples too, for what must not
+    overflow.
+    """
 
     path: Path
     report: HalfReport
+    calibrated: Ranges
     ranges: Ranges
 
 
@@ -137,7 +151,8 @@ def to_half(
 ) -> Half:
     """The smoothed graph in fp16 at `target`, with as much in fp32 as it takes for next to nothing to be lost yet."""
     golden = list(golden_feeds(samples.bundle, samples.tower))
-    ranges = measure(prepared.smoothed, itertools.chain(golden, samples.judges), progress=progress)
+    calibrated = measure(prepared.smoothed, samples.calibration(MEASURED), progress=progress)
+    ranges = merged(calibrated, measure(prepared.smoothed, golden, progress=progress))
     report = refine(
         prepared.smoothed,
         target,
@@ -149,7 +164,7 @@ def to_half(
         everything=everything,
         progress=progress,
     )
-    return Half(path=target, report=report, ranges=ranges)
+    return Half(path=target, report=report, calibrated=calibrated, ranges=ranges)
 
 
 def run_simulated(graph: Path, feeds: Sequence[Feeds], work: Path) -> Outputs:
@@ -162,13 +177,14 @@ def run_simulated(graph: Path, feeds: Sequence[Feeds], work: Path) -> Outputs:
 class Quantizer:
     """A half graph whose layers can be quantized in any mix, run on the CPU as a GPU would, and written.
 
-    `costs` are those of the layers that can be; `high` says of each other one why it cannot.
+    With `attention` the products inside attention are quantized in every mix. `costs` are those of the layers that can
+    be; `high` says of each other one why it cannot.
     """
 
-    def __init__(self, prepared: Prepared, half: Half) -> None:
+    def __init__(self, prepared: Prepared, half: Half, *, attention: bool = False) -> None:
         import onnx_ir
 
-        self._prepared, self._half, self._ranges = prepared, half.path, half.ranges
+        self._prepared, self._half = prepared, half
         graph = onnx_ir.load(half.path).graph
         all_ = {
             linear.name: self._quantized(graph, linear, prepared.treatments[linear.name])
@@ -179,11 +195,12 @@ class Quantizer:
         self._mix = {name: quantized for name, quantized in all_.items() if name not in self.high}
         self.costs = {name: cost for name, cost in prepared.costs.items() if name in self._mix}
         switches = half.path.with_name(f"{half.path.stem}.switches.onnx")
-        switchable(half.path, switches, self._mix)
+        self._attention = self._quantized_attention(graph) if attention else {}
+        switchable(half.path, switches, self._mix, attention=self._attention)
         self._switched = Switched(switches)
 
     def _quantized(self, graph: ir.Graph, linear: Linear, found: Treatment) -> Quantized:
-        largest = self._ranges.of(linear.name)  # a MatMul's output has its name
+        largest = self._half.ranges.of(linear.name)  # a MatMul's output has its name
         wide = needs_wide(find_weights(graph, linear), largest, FORMATS[found.format], HALF_TYPES["fp16"])
         return Quantized(format=found.format, scale=found.scale, wide=wide)
 
@@ -191,25 +208,23 @@ class Quantizer:
         """The outputs, batch by batch, with the layers of `mix` quantized."""
         return self._switched.run(feeds, mix)
 
-    def write(self, mix: Collection[str], target: Path, *, attention: bool = False) -> None:
-        """Write the half graph with the layers of `mix` quantized, and with `attention` its products too."""
+    def write(self, mix: Collection[str], target: Path) -> None:
+        """Write the half graph with the layers of `mix` quantized."""
         chosen = {name: quantized for name, quantized in self._mix.items() if name in mix}
-        quantize(self._half, target, chosen, attention=self._attention(chosen) if attention else None)
+        quantize(self._half.path, target, chosen, attention=self._attention)
 
-    def _attention(self, mix: Mapping[str, Quantized]) -> dict[str, QuantizedAttention]:
+    def _quantized_attention(self, graph: ir.Graph) -> dict[str, QuantizedAttention]:
         """The scales of every attention in half, from the largest values of its operands."""
-        import onnx_ir
-
-        formats = {quantized.format for quantized in mix.values()}
+        formats = {quantized.format for quantized in self._mix.values()}
         if len(formats) != 1:
             message = f"attention is quantized in the one format of the layers, found {sorted(formats) or 'none'}"
             raise InputError(message, hint="leave out --quantize-attention")
         format_ = FORMATS[formats.pop()]
         found = {}
-        for node in onnx_ir.load(self._half).graph:
+        for node in graph:
             if node.op_type == "Attention":
-                scales = [self._ranges.largest(str(value.name)) / format_.largest for value in node.inputs[:3] if value]
-                query, key, value = scales
+                operands = [self._half.calibrated.largest(str(value.name)) for value in node.inputs[:3] if value]
+                query, key, value = (largest / format_.largest for largest in operands)
                 found[str(node.name)] = QuantizedAttention(format=format_.name, query=query, key=key, value=value)
         return found
 
@@ -220,11 +235,16 @@ class Quantizer:
     @property
     def digest(self) -> str:
         """Stands for the half graph and for how each layer would be quantized."""
-        files = sorted(self._half.parent.glob(f"{self._half.name}*"))
-        parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-        parts += [f"{name} {quantized}" for name, quantized in self._mix.items()]
+        path = self._half.path
+        parts = [_sha256(file) for file in sorted(path.parent.glob(f"{path.name}*"))]
+        parts += [f"{name} {quantized}" for name, quantized in (self._mix | self._attention).items()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def close(self) -> None:
         """Let the engine go."""
         self._switched.close()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_export import judging
 from clip_export.bundle import Bundle
 from clip_export.feeds import Feeds, Samples, golden_feeds
 from clip_export.judging import Judge, Outputs, Reference, recall_drop, run_graph
@@ -34,7 +35,7 @@ def reference(arrays: dict[str, np.ndarray]) -> Reference:
     feeds = batched({"pixels": np.arange(GOLDEN + HELD_OUT)[:, None]})
     outputs = batched(arrays)
     golden = sum(int(batch["pixels"][0, 0]) < GOLDEN for batch in feeds)
-    return Reference(feeds=tuple(feeds), outputs=tuple(outputs), golden=golden)
+    return Reference(feeds=tuple(feeds), outputs=tuple(outputs), golden=golden, rows=np.arange(HELD_OUT))
 
 
 @pytest.fixture
@@ -124,8 +125,11 @@ def test_without_embeddings_there_is_no_retrieval(embeddings: np.ndarray, rng: n
 def test_recall_falls_as_far_as_retrieval_by_hand_says(embeddings: np.ndarray, rng: np.random.Generator) -> None:
     texts = embeddings[GOLDEN:] + 0.1
     found = blurred(embeddings, rng, 1.2)
+    expected = recall_at(embeddings[GOLDEN:], texts)
     judge = Judge(
-        reference=reference({"embedding": embeddings}), others=texts, recall=lambda rows: recall_at(rows, texts)
+        reference=reference({"embedding": embeddings}),
+        others=texts,
+        drop=lambda rows: recall_drop(recall_at(rows, texts), expected),
     )
     before, after = recalls(embeddings[GOLDEN:], texts), recalls(found[GOLDEN:], texts)
     drop = max(old - new for old, new in zip(before, after, strict=True))
@@ -162,8 +166,11 @@ def test_one_value_that_is_not_a_number_spoils_its_row(embeddings: np.ndarray) -
     found = embeddings.copy()
     found[GOLDEN, 2] = np.nan
     texts = embeddings[GOLDEN:]
+    expected = recall_at(embeddings[GOLDEN:], texts)
     judge = Judge(
-        reference=reference({"embedding": embeddings}), others=texts, recall=lambda rows: recall_at(rows, texts)
+        reference=reference({"embedding": embeddings}),
+        others=texts,
+        drop=lambda rows: recall_drop(recall_at(rows, texts), expected),
     )
     score = judge.score(batched({"embedding": found}))
     assert score.cosine == -1
@@ -191,17 +198,26 @@ def test_outputs_that_lack_a_batch_are_an_error(embeddings: np.ndarray) -> None:
         Judge(reference=reference({"embedding": embeddings})).score(outputs[:-1])
 
 
-def test_the_first_are_whole_batches_and_all_golden_samples(embeddings: np.ndarray) -> None:
-    whole = reference({"embedding": embeddings})
-    for wanted, batches in ((0, 0), (1, 1), (BATCH, 1), (BATCH + 1, 2), (HELD_OUT, 3), (1000, 3)):
-        first = whole.first(wanted)
-        assert first.golden == whole.golden
-        assert len(first.feeds) == len(first.outputs) == whole.golden + batches
-        assert list(first.feeds) == list(whole.feeds[: whole.golden + batches])
-    few = whole.first(1).embeddings()
-    assert few is not None
-    assert np.array_equal(few, embeddings[GOLDEN : GOLDEN + BATCH])
-    assert whole.first(0).embeddings() is None
+def test_a_part_is_whole_batches_spread_evenly_and_all_golden_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "BATCH", BATCH)
+    places = np.arange(GOLDEN + HELD_OUT, dtype=np.float32)
+    whole = reference({"embedding": np.stack([places, places + 1], axis=1)})
+    starts = range(0, HELD_OUT, BATCH)
+    for wanted, batches in (
+        (0, []),
+        (1, [1]),
+        (BATCH, [1]),
+        (BATCH + 1, [0, 2]),
+        (HELD_OUT, [0, 1, 2]),
+        (99, [0, 1, 2]),
+    ):
+        part = whole.spread(wanted)
+        assert part.golden == whole.golden
+        assert list(part.feeds[: part.golden]) == list(whole.feeds[: whole.golden])
+        rows = [row for batch in batches for row in range(HELD_OUT)[starts[batch] : starts[batch] + BATCH]]
+        assert part.rows.tolist() == rows
+        found = part.embeddings()
+        assert rows == [] if found is None else (found[:, 0] - GOLDEN).tolist() == rows
 
 
 def test_the_reference_is_the_fp32_graph_on_golden_samples_then_held_out_ones(demo_bundle: Path) -> None:

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_export.errors import OutputError
-from clip_export.precision.search import RETRIES, Found, Journal, Mix, Score, most_evaluations, search
+from clip_export.precision.search import (
+    RETRIES,
+    Found,
+    Journal,
+    Mix,
+    Score,
+    most_confirmations,
+    most_evaluations,
+    search,
+)
 
 REQUIRED = 0.99
 NAMES = [f"blocks.{block}.{part}" for block in range(4) for part in ("attention.qkv", "mlp.fc1", "mlp.fc2")]
@@ -214,6 +223,45 @@ def test_additive_damage_leaves_no_room_for_the_next(pairs: list[tuple[float, fl
     left = [high.linear for high in found.high if damages[high.linear] <= 1 - REQUIRED]
     if len(left) <= RETRIES:
         assert not any(keeps(evaluate(frozenset({*found.mix, name}))) for name in left)
+
+
+# What a sample does not show
+
+
+def test_what_more_inputs_refuse_is_made_smaller_from_the_worst_on() -> None:
+    """The sample passes everything; all inputs see ten times the damage."""
+    damages = {name: 0.0002 * number for number, name in enumerate(NAMES, start=1)}
+    sample, whole = Additive({name: 0.1 * damage for name, damage in damages.items()}), Additive(damages)
+    found = search(costs(NAMES), sample, keeps, confirm=whole)
+    assert found.score == whole(frozenset(found.mix))
+    assert keeps(found.score)
+    assert list(found.mix) == NAMES[: len(found.mix)]
+    assert not keeps(whole(frozenset(NAMES[: len(found.mix) + 1])))
+    assert [high.linear for high in found.high] == NAMES[len(found.mix) :]
+    assert all(high.why.startswith("with it all inputs together break the contract") for high in found.high)
+
+
+def test_what_is_confirmed_at_once_costs_one_evaluation_more() -> None:
+    damages = Additive(dict.fromkeys(NAMES, 1e-6))
+    found = search(costs(NAMES), damages, keeps, confirm=damages)
+    assert damages.asked == [frozenset(NAMES)] * 2
+    assert (found.mix, found.evaluations, found.high) == (tuple(NAMES), 2, ())
+
+
+@given(st.lists(st.tuples(st.floats(0, 0.02), st.floats(0, 0.02)), max_size=20))
+def test_confirmations_are_bounded_and_what_comes_out_was_confirmed(damages: list[tuple[float, float]]) -> None:
+    names = [str(number) for number in range(len(damages))]
+    sample, whole = (Additive(dict(zip(names, (pair[which] for pair in damages), strict=True))) for which in (0, 1))
+    found = search(costs(names), sample, keeps, confirm=whole)
+    assert len(whole.asked) <= most_confirmations(len(names))
+    assert len(sample.asked) <= most_evaluations(len(names))
+    assert not found.mix or (frozenset(found.mix) in whole.asked and keeps(found.score))
+
+
+def test_neighbours_that_change_weigh_more() -> None:
+    quiet = Score(cosine=0.999, mean_cosine=0.999, agreement=1.0)
+    loud = Score(cosine=0.999, mean_cosine=0.999, agreement=0.5)
+    assert quiet.damage < loud.damage <= 2 * quiet.damage
 
 
 def test_progress_says_what_is_tried() -> None:

@@ -281,7 +281,7 @@ def test_an_interrupted_search_leaves_the_bundle_alone_and_goes_on(
     monkeypatch.setattr(Quantizer, "run", counted)
 
     def interrupt(what: str, done: int, total: int) -> None:
-        if (what, done, total) == ("quantize one layer alone", alone // 2, alone):
+        if (what, done, total) == ("text: quantize one layer alone", alone // 2, alone):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -312,16 +312,16 @@ def test_int8_misses_its_contract_on_the_demo_and_leaves_a_report(bundle: Path, 
         )
     )
     path = bundle.with_name("bundle.int8.report.json")
-    assert re.search(r"int8 misses its contract: min cosine of the text tower is 0\.\d{5}, required is 0\.99", text)
+    assert re.search(r"int8 misses its contract: min cosine of the text tower is 0\.\d{7}, required is 0\.99", text)
     assert f"Nothing is published; the report is {path}" in text
     assert "--precision auto leaves the worst layers in fp16" in text
-    named = re.findall(r"text (blocks\.\S+) \((\d\.\d{5})\)", text)
+    named = re.findall(r"text (blocks\.\S+) \((\d\.\d{7})\)", text)
     cosines = [float(cosine) for _, cosine in named]
     assert len(named) == 5
     assert cosines == sorted(cosines)
     found = strict_json(path.read_bytes())
     layers = found["towers"]["text"]["layers"]
-    assert [f"{layers[name]['alone']['cosine']:.5f}" for name, _ in named] == [cosine for _, cosine in named]
+    assert [f"{layers[name]['alone']['cosine']:.7f}" for name, _ in named] == [cosine for _, cosine in named]
     assert found["missed"] == [text.split("contract: ")[1].split("; worst")[0]]
     assert found["towers"]["text"]["score"]["cosine"] < 0.99 <= found["towers"]["image"]["score"]["cosine"]
     assert contents(bundle) == before

@@ -59,6 +59,14 @@ class Ranges:
         return float(np.median(alive)) if len(alive) else 0.0
 
 
+def merged(first: Ranges, second: Ranges) -> Ranges:
+    """The ranges of one graph over all that both were measured on."""
+    return Ranges(
+        channels={name: np.maximum(array, second.of(name)) for name, array in first.channels.items()},
+        scores={name: max(score, second.scores[name]) for name, score in first.scores.items()},
+    )
+
+
 def measure(path: Path, feeds: Iterable[Feeds], *, progress: Progress = silent) -> Ranges:
     """Run the fp32 graph at `path` on `feeds`, arrays by input name, batch after batch.
 

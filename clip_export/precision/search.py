@@ -5,6 +5,8 @@ Those that break the contract alone stay high. The others are ordered by damage 
 many of the worst have to stay high with them. Last, those are tried again beside what was found, the dearest first: a
 prefix of an ordering is rarely the best set.
 
+Where scores are those of a sample, `confirm` has the last word: what it refuses is made smaller, the worst first.
+
 Damage seldom adds up exactly, and need not even grow with the mix, so nothing here is taken on trust: the mix that
 comes out was evaluated and kept the contract, or is empty.
 """
@@ -43,8 +45,11 @@ class Score:
 
     @property
     def damage(self) -> float:
-        """What linears are ordered by: 1 - `cosine`; infinite where that is not a number."""
-        return math.inf if math.isnan(self.cosine) else 1 - self.cosine
+        """What linears are ordered by: 1 - `cosine`; infinite where that is not a number.
+
+        It counts up to twice where neighbours change: a direction that retrieval depends on was moved.
+        """
+        return math.inf if math.isnan(self.cosine) else (1 - self.cosine) * (2 - self.agreement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,8 @@ class Found:
     """The `mix` that keeps the contract and its `score`; what is `high`. All in the order of `costs`.
 
     `sensitivity` has each linear's score alone; it is empty where everything kept the contract at once. `evaluations`
-    is how many mixes were scored, those that a journal remembered among them. `share` is the mix's part of all costs.
+    is how often a mix was scored, those that a journal remembered among them. `share` is the mix's part of all costs,
+    and `unquantized` the score of the empty mix, where somebody asked for it.
     """
 
     mix: tuple[str, ...]
@@ -70,6 +76,7 @@ class Found:
     sensitivity: Mapping[str, Score]
     evaluations: int
     share: float
+    unquantized: Score | None = None
 
 
 class Journal:
@@ -113,6 +120,7 @@ def search(
     evaluate: Callable[[Mix], Score],
     keeps: Callable[[Score], bool],
     *,
+    confirm: Callable[[Mix], Score] | None = None,
     journal: Journal | None = None,
     progress: Progress = silent,
 ) -> Found:
@@ -120,13 +128,15 @@ def search(
 
     `costs` are the linears in graph order, with what each costs in half (FLOPs; finite and above 0). `evaluate` scores
     the linears of a mix in 8 bits and the rest in half. It is called at most `most_evaluations(len(costs))` times, and
-    not for what `journal` remembers. The result depends on the scores alone; equals are taken in graph order. Raises
-    ValueError for a cost that cannot be divided by, and whatever `evaluate` raises.
+    not for what `journal` remembers. `confirm`, where it is given, scores the mix that was found, on more inputs; where
+    that breaks the contract, another binary search finds how many of the worst have to go. It is called at most
+    `most_confirmations(len(costs))` times. The result depends on the scores alone; equals are taken in graph order.
+    Raises ValueError for a cost that cannot be divided by, and whatever `evaluate` and `confirm` raise.
     """
     for name, cost in costs.items():
         if not (math.isfinite(cost) and cost > 0):
             raise ValueError(f"the cost of {name} is {cost}, expected a finite number above 0")
-    return _Search(costs, evaluate, keeps, journal, progress).run()
+    return _Search(costs, evaluate, keeps, confirm, journal, progress).run()
 
 
 def most_evaluations(count: int) -> int:
@@ -137,6 +147,11 @@ def most_evaluations(count: int) -> int:
     return count + max(count - 1, 0).bit_length() + RETRIES + 2
 
 
+def most_confirmations(count: int) -> int:
+    """The most that `confirm` is called: for the mix, and by a binary search over the layers in it."""
+    return 1 + count.bit_length()
+
+
 @dataclass(slots=True)
 class _Search:
     """One run of `search`: its arguments; the scores so far; those of linears alone, and of what was tried again."""
@@ -144,22 +159,21 @@ class _Search:
     costs: Mapping[str, float]
     evaluate: Callable[[Mix], Score]
     keeps: Callable[[Score], bool]
+    confirm: Callable[[Mix], Score] | None
     journal: Journal | None
     progress: Progress
     scores: dict[Mix, Score] = field(default_factory=dict)
     sensitivity: dict[str, Score] = field(default_factory=dict)
     beside: dict[str, Score] = field(default_factory=dict)
+    confirmed: dict[Mix, Score] = field(default_factory=dict)
 
     def run(self) -> Found:
-        everything = frozenset(self.costs)
+        mix = frozenset(self.costs)
         self.progress("quantize every layer", 0, 1)
-        if self.keeps(self.score(everything)):
-            return self.found(everything)
-        for number, name in enumerate(self.costs):
-            self.progress("quantize one layer alone", number, len(self.costs))
-            self.sensitivity[name] = self.score(frozenset([name]))
-        order = self.worst_first()
-        mix = self.retried(self.longest_that_keeps(order))
+        if not self.keeps(self.score(mix)):
+            mix = self.retried(self.longest_that_keeps(self.worst_first()))
+        if self.confirm is not None:
+            mix = self.confirmed_part(mix, self.confirm)
         return self.found(mix)
 
     def score(self, mix: Mix) -> Score:
@@ -178,6 +192,9 @@ class _Search:
 
     def worst_first(self) -> list[str]:
         """Those that break the contract alone, then the others by damage per cost."""
+        for number, name in enumerate(self.costs):
+            self.progress("quantize one layer alone", number, len(self.costs))
+            self.sensitivity[name] = self.score(frozenset([name]))
 
         def key(name: str) -> tuple[bool, float]:
             return not self.breaks_alone(name), -self.sensitivity[name].damage / self.costs[name]
@@ -219,14 +236,34 @@ class _Search:
                 mix = wider
         return mix
 
+    def confirmed_part(self, mix: Mix, confirm: Callable[[Mix], Score]) -> Mix:
+        """`mix`, or as much of it as keeps the contract where `confirm` scores it; nothing where none of it does."""
+
+        def fits(part: Mix) -> bool:
+            self.progress("judge the quantized layers on all inputs", len(self.confirmed), 0)
+            self.confirmed[part] = confirm(part)
+            return self.keeps(self.confirmed[part])
+
+        if fits(mix):
+            return mix
+        order = [name for name in self.worst_first() if name in mix]
+        few, enough = 0, len(order)
+        while enough - few > 1:
+            middle = (few + enough) // 2
+            if fits(frozenset(order[middle:])):
+                enough = middle
+            else:
+                few = middle
+        return frozenset(order[enough:])
+
     def found(self, mix: Mix) -> Found:
         total = sum(self.costs.values())
         return Found(
             mix=tuple(name for name in self.costs if name in mix),
-            score=self.score(mix),
+            score=self.confirmed.get(mix) or self.score(mix),
             high=tuple(self.high(mix)),
             sensitivity=self.sensitivity,
-            evaluations=len(self.scores),
+            evaluations=len(self.scores) + len(self.confirmed),
             share=sum(cost for name, cost in self.costs.items() if name in mix) / total if total else 0.0,
         )
 
@@ -234,7 +271,9 @@ class _Search:
         for name, score in self.sensitivity.items():
             if name in mix:
                 continue
-            if self.breaks_alone(name):
+            if name in next(iter(self.confirmed), mix):
+                why = f"with it all inputs together break the contract; alone: {_words(score)}"
+            elif self.breaks_alone(name):
                 why = f"alone it breaks the contract: {_words(score)}"
             elif name in self.beside:
                 why = f"it does not fit beside the others: {_words(self.beside[name])}"
