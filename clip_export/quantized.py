@@ -141,7 +141,9 @@ class _Maker:
         return Made(
             graphs={tower: self._graph(tower) for tower in towers},
             report=report,
-            contract=Contract(min_cosine=self.min_cosine, kept=not missed),
+            contract=Contract(
+                min_cosine=self.min_cosine, max_recall_drop=self.options.max_recall_drop, missed=tuple(missed)
+            ),
         )
 
     def _tower(self, tower: Tower, staging: Path, made: Mapping[Tower, Outputs]) -> _Tower:
@@ -392,7 +394,8 @@ def _report(samples: Samples, prepared: Prepared, found: Found, refused: Mapping
     formats, high = _mixed(prepared, found.mix), {item.linear: item.why for item in found.high} | dict(refused)
     layers = {}
     for name, format_ in formats.items():
-        layer: dict[str, Any] = {"format": format_, "share": prepared.costs[name] / prepared.total}
+        layer: dict[str, Any] = {"format": format_, "flops": prepared.costs[name]}
+        layer["share"] = prepared.costs[name] / prepared.total
         if name in prepared.treatments:
             treatment = prepared.treatments[name]
             layer |= {"smoothing": treatment.strength, "scale": treatment.scale, "error": treatment.error}
