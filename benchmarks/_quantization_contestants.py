@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,10 @@ class Contestants:
     def make(self, modelopt: Path | None) -> Iterator[tuple[str, Path]]:
         """The name and the graph of each contestant; ModelOpt's with the python of its own environment."""
         yield "fp16", self._fp16()
-        half = self._half(self._plain("mse"), "plain")
+        plain = self._plain("mse")
+        half = self._half(plain, "plain")
         yield "naive", self._naive(half)
-        yield "without smoothing", self._packed(self._plain("mse"), half, self._target("unsmoothed"))
+        yield "without smoothing", self._packed(plain, half, self._target("unsmoothed"))
         yield from self._ours()
         if modelopt is not None:
             feeds = self._work / f"{self._samples.tower}.npz"
@@ -134,16 +135,23 @@ class Contestants:
         yield "ours, searched", target
 
     def _searched(self, quantizer: Quantizer) -> Found:
-        reference = Reference.of(self._samples).first(SEARCHED_WITH)
-        judge = Judge(reference=reference)
+        """As `auto` does it: on inputs spread over those that are held out, with the last word to all of them."""
+        reference = Reference.of(self._samples)
 
-        def evaluate(mix: frozenset[str]) -> Score:
-            return judge.score(quantizer.run(reference.feeds, mix))
+        def scoring(reference: Reference) -> Callable[[frozenset[str]], Score]:
+            judge = Judge(reference=reference)
+            return lambda mix: judge.score(quantizer.run(reference.feeds, mix))
 
         def keeps(score: Score) -> bool:
             return score.cosine >= CONTRACTS["auto"]
 
-        return search(quantizer.costs, evaluate, keeps, progress=self._progress)
+        return search(
+            quantizer.costs,
+            scoring(reference.spread(SEARCHED_WITH)),
+            keeps,
+            confirm=scoring(reference),
+            progress=self._progress,
+        )
 
     def _modelopt(self, python: Path, feeds: Path, name: str, options: list[str]) -> Path:
         self._progress(f"{self._samples.tower}: {name}", 0, 0)

@@ -96,8 +96,8 @@ class Scorer:
         """Of the golden samples, and of the inputs that are held out."""
         whole, count = self._reference, self._reference.golden
         parts = [
-            Reference(feeds=whole.feeds[part], outputs=whole.outputs[part], golden=golden)
-            for part, golden in ((slice(count), count), (slice(count, None), 0))
+            Reference(feeds=whole.feeds[part], outputs=whole.outputs[part], golden=golden, rows=rows)
+            for part, golden, rows in ((slice(count), count, whole.rows[:0]), (slice(count, None), 0, whole.rows))
         ]
         golden, held_out = (Judge(reference=part, others=others) for part in parts)
         return golden.score(outputs[:count]), held_out.score(outputs[count:])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from clip_export.encoder import Encoder
     from clip_export.extension import extend
     from clip_export.pipeline import build, reference
+    from clip_export.quantization import Quantization
     from clip_export.runtime import load
     from clip_export.verification import Verification, verify
 
@@ -33,6 +34,7 @@ __all__ = [
     "Encoder",
     "EngineOptions",
     "PlanOptions",
+    "Quantization",
     "Verification",
     "build",
     "errors",
@@ -48,6 +50,7 @@ _HOMES = {
     "Encoder": "encoder",
     "EngineOptions": "backends.building",
     "PlanOptions": "compilation",
+    "Quantization": "quantization",
     "Verification": "verification",
     "build": "pipeline",
     "extend": "extension",

@@ -1,14 +1,18 @@
 """Inputs for the graphs of a bundle, in batches: its golden samples, pictures, and texts of the user's or built in.
 
-What is quantized is calibrated on one part of these and judged by another. The golden samples are never calibrated on.
+What is quantized is calibrated on one part of these and judged by another. Nothing is in both: no picture under two
+names, and no text that stands there twice. The golden samples are never calibrated on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,7 +21,7 @@ import numpy as np
 from clip_export.bundle import Bundle
 from clip_export.errors import InputError
 from clip_export.inputs import find_images, read_lines
-from clip_export.pairs import find_pairs, hold_out, spread
+from clip_export.pairs import find_pairs, group, hold_out, spread
 from clip_export.prompts import prompts
 from clip_export.runtime import front
 from clip_export.spec import Tower
@@ -25,7 +29,10 @@ from clip_export.spec import Tower
 Feeds: TypeAlias = dict[str, np.ndarray]
 
 BATCH = 8
-LEAST_INPUTS = 8  # of one tower, to calibrate on and to judge by
+LEAST_INPUTS = 8  # different ones of one tower, to calibrate on and to judge by
+LEAST_HELD_OUT = 2  # of these: a quarter; the others are the least to calibrate on
+
+_KINDS: Mapping[Tower, str] = {"image": "pictures", "text": "texts"}
 
 
 def golden_feeds(bundle: Bundle, tower: Tower) -> Iterator[Feeds]:
@@ -74,7 +81,8 @@ def read_texts(path: Path) -> list[str]:
 class Samples:
     """Real inputs of one tower: what it is calibrated on, and what is held out to judge it by.
 
-    `items` are picture files or texts, `held_out` bool [items]; `source` says in words where they come from.
+    `items` are picture files or texts, `held_out` bool [items]; `source` says in words where they come from. `known` is
+    for `identities` alone: that of each item, once it was asked for.
     """
 
     bundle: Bundle
@@ -82,6 +90,7 @@ class Samples:
     items: tuple[Path | str, ...]
     held_out: np.ndarray
     source: str
+    known: dict[Path | str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -90,59 +99,71 @@ class Samples:
 
     def calibration(self, most: int | None = None) -> Iterator[Feeds]:
         """Batches to calibrate on, all or `most`, read as they are asked for; texts by length: hardly any padding."""
-        items = [item for item, held in zip(self.items, self.held_out, strict=True) if not held]
+        items = list(compress(self.items, ~self.held_out))
         if most is not None:
             items = [items[place] for place in spread(len(items), most)]
         if self.tower == "text":
-            items = sorted(items, key=self._length)
+            lengths = {item: len(tokens) for item, tokens in zip(self.items, self.identities(), strict=True)}
+            items.sort(key=lengths.__getitem__)
         yield from self._feeds(items)
 
     @cached_property
     def judges(self) -> list[Feeds]:
         """The held-out inputs, in their order."""
-        return list(self._feeds([item for item, held in zip(self.items, self.held_out, strict=True) if held]))
+        return list(self._feeds(list(compress(self.items, self.held_out))))
+
+    def identities(self) -> list[bytes]:
+        """For each item what is equal for the same input: the sha256 of the picture file, or the text's tokens.
+
+        So "A cat" and "a cat" are one where the tokenizer knows no capitals. Each file is read once, however often it
+        is asked for. Raises InputError naming one that cannot be read.
+        """
+        unknown = [item for item in dict.fromkeys(self.items) if item not in self.known]
+        texts, files = _texts(unknown), _files(unknown)
+        self.known.update(zip(texts, _tokens(text_feeds(self.bundle, texts) if texts else ()), strict=True))
+        self.known.update((file, _sha256(file)) for file in files)
+        return [self.known[item] for item in self.items]
 
     def digests(self, *, held_out: bool = False) -> Iterator[bytes]:
         """What stands for the data that is calibrated on, or held out: the sha256 of each picture file, or text."""
-        for item, held in zip(self.items, self.held_out, strict=True):
-            if held == held_out:
-                data = item.encode("utf-8") if isinstance(item, str) else _file_bytes(item)
-                yield hashlib.sha256(data).digest()
+        identified = zip(self.items, self.identities(), strict=True)
+        for item, identity in compress(identified, self.held_out == held_out):
+            yield hashlib.sha256(item.encode("utf-8")).digest() if isinstance(item, str) else identity
+
+    def different(self, *, held_out: bool) -> int:
+        """How many different inputs are calibrated on, or held out."""
+        return len(set(compress(self.identities(), self.held_out == held_out)))
 
     def _feeds(self, items: Sequence[Path | str]) -> Iterator[Feeds]:
         if self.tower == "text":
-            return text_feeds(self.bundle, [item for item in items if isinstance(item, str)])
-        return image_feeds(self.bundle, [item for item in items if isinstance(item, Path)])
-
-    @cached_property
-    def _lengths(self) -> Mapping[str, int]:
-        texts = [item for item in self.items if isinstance(item, str)]
-        ends = [int(end) for batch in text_feeds(self.bundle, texts) for end in batch["eot_index"]]
-        return dict(zip(texts, ends, strict=True))
-
-    def _length(self, item: Path | str) -> int:
-        return self._lengths[str(item)]
+            return text_feeds(self.bundle, _texts(items))
+        return image_feeds(self.bundle, _files(items))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The samples of each tower. `paired`: item i of one tower belongs to item i of the other."""
+    """The samples of each tower. `paired`: item i of one tower belongs to item i of the other.
+
+    No input is both calibrated on and held out. Where paired, the towers hold out the same items, and no picture or
+    caption of a held-out pair is in another pair that is not.
+    """
 
     towers: Mapping[Tower, Samples]
     paired: bool
 
-    def held_out(self, tower: Tower) -> list[str]:
-        """The held-out items of `tower`, by which duplicates are told: texts, or paths of pictures."""
+    def held_out(self, tower: Tower) -> list[bytes]:
+        """What duplicates are told by, of each held-out item of `tower`: equal for the same picture, or text."""
         samples = self.towers[tower]
-        return [str(item) for item, held in zip(samples.items, samples.held_out, strict=True) if held]
+        return list(compress(samples.identities(), samples.held_out))
 
 
 def gather(bundle: Bundle, pictures: Sequence[Path], texts: Path | None) -> Data:
     """What `bundle` is calibrated on: `pictures`, files or directories, and the lines of `texts`.
 
     A directory with captions.csv or captions.jsonl holds pairs, whose captions are the texts if there are no others.
-    Without texts the built-in prompts are taken. Raises InputError where there are too few pictures, or no pictures at
-    all: random ones would calibrate for what nobody sees.
+    Without texts the built-in prompts are taken. What is held out is whole groups of what is the same or, of pairs, of
+    what shares a picture or a caption: see `pairs.hold_out`. Raises InputError where there are no pictures (random ones
+    would calibrate for what nobody sees), too few different ones, or too few that share nothing.
     """
     pairs = find_pairs(pictures[0]) if len(pictures) == 1 and pictures[0].is_dir() else None
     towers: dict[Tower, Samples] = {}
@@ -157,31 +178,80 @@ def gather(bundle: Bundle, pictures: Sequence[Path], texts: Path | None) -> Data
         towers["image"] = _samples(bundle, "image", files, f"{len(files)} pictures of {named}")
     if "text" in bundle.spec.towers:
         towers["text"] = _text_samples(bundle, texts, () if pairs is None else pairs.captions)
-    return Data(towers=towers, paired=pairs is not None and texts is None and len(towers) == 2)
+    return _parted(towers, paired=pairs is not None and texts is None and len(towers) == 2)
 
 
 def _text_samples(bundle: Bundle, path: Path | None, captions: Sequence[str]) -> Samples:
     if path is not None:
         found = read_texts(path)
-        return _samples(bundle, "text", tuple(found), f"{len(found)} texts of {path.name}")
+        return _samples(bundle, "text", found, f"{len(found)} texts of {path.name}")
     if captions:
-        return _samples(bundle, "text", tuple(captions), f"{len(captions)} captions of the pictures")
+        return _samples(bundle, "text", captions, f"{len(captions)} captions of the pictures")
     built_in = prompts()
     return _samples(bundle, "text", built_in, f"{len(built_in)} built-in prompts, since no texts were given")
 
 
 def _samples(bundle: Bundle, tower: Tower, items: Iterable[Path | str], source: str) -> Samples:
+    """With nothing held out as yet."""
     found = tuple(items)
-    if len(found) < LEAST_INPUTS:
-        kind = "pictures" if tower == "image" else "texts"
-        message = f"expected at least {LEAST_INPUTS} {kind} to calibrate on and to judge by, found {len(found)}"
-        raise InputError(message, hint="some hundred are a good number")
-    return Samples(bundle=bundle, tower=tower, items=found, held_out=hold_out(len(found)), source=source)
+    samples = Samples(bundle=bundle, tower=tower, items=found, held_out=np.zeros(len(found), np.bool_), source=source)
+    different = samples.different(held_out=False)
+    if different < LEAST_INPUTS:
+        among = f" among {len(found)}" if different < len(found) else ""
+        message = f"expected at least {LEAST_INPUTS} different {_KINDS[tower]} to calibrate on and to judge by, "
+        raise InputError(f"{message}found {different}{among}", hint="some hundred are a good number")
+    return samples
 
 
-def _file_bytes(path: Path) -> bytes:
+def _parted(towers: Mapping[Tower, Samples], *, paired: bool) -> Data:
+    identities = {tower: samples.identities() for tower, samples in towers.items()}
+    if paired:
+        together = group(*identities.values())
+        held_out = dict.fromkeys(towers, hold_out(together))
+    else:
+        held_out = {tower: hold_out(items) for tower, items in identities.items()}
+    parted = {tower: dataclasses.replace(found, held_out=held_out[tower]) for tower, found in towers.items()}
+    for samples in parted.values():
+        _check_parts(samples, _most_shared(towers) if paired else "")
+    return Data(towers=parted, paired=paired)
+
+
+def _check_parts(samples: Samples, why: str) -> None:
+    """Raise InputError where one side has too few different inputs. `why` says what keeps them together."""
+    calibrated, held = (samples.different(held_out=held_out) for held_out in (False, True))
+    if held < LEAST_HELD_OUT or calibrated < LEAST_INPUTS - LEAST_HELD_OUT:
+        raise InputError(
+            f"expected at least {LEAST_INPUTS - LEAST_HELD_OUT} different {_KINDS[samples.tower]} to calibrate on and "
+            f"{LEAST_HELD_OUT} to judge by, found {calibrated} and {held}: what is the same is on one side{why}",
+            hint="leave out what is repeated, add others, or give texts of their own: --calibration-texts FILE",
+        )
+
+
+def _most_shared(towers: Mapping[Tower, Samples]) -> str:
+    """The caption that keeps the most pairs together, in words."""
+    ((caption, count),) = Counter(towers["text"].items).most_common(1)
+    return f", and so are pairs that share a picture or a caption, such as {str(caption)!r:.80} of {count}"
+
+
+def _texts(items: Iterable[Path | str]) -> list[str]:
+    return [item for item in items if isinstance(item, str)]
+
+
+def _files(items: Iterable[Path | str]) -> list[Path]:
+    return [item for item in items if isinstance(item, Path)]
+
+
+def _tokens(batches: Iterable[Feeds]) -> Iterator[bytes]:
+    """What the graph is given of each text, up to its end: the token that it reads the embedding at."""
+    for batch in batches:
+        for ids, end in zip(batch["input_ids"], batch["eot_index"], strict=True):
+            yield ids[: end + 1].tobytes()
+
+
+def _sha256(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
 

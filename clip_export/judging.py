@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from clip_export import backends
+from clip_export.cosine import cosines
 from clip_export.feeds import BATCH, Feeds, Samples, golden_feeds
 from clip_export.pairs import spread
 from clip_export.precision.search import Score
@@ -89,9 +90,10 @@ class Judge:
 
     def score(self, outputs: Outputs) -> Score:
         """The score of `outputs`, those of the reference's inputs in their order."""
-        cosines = np.concatenate(
+        all_ = np.concatenate(
             [
-                _cosines(found[name], expected[name])
+                # Not NaN: a Score is compared, and written as JSON.
+                np.nan_to_num(cosines(found[name], expected[name]), nan=-1.0)
                 for found, expected in zip(outputs, self.reference.outputs, strict=True)
                 for name in expected
             ]
@@ -103,7 +105,7 @@ class Judge:
             if self.drop is not None:
                 drop = self.drop(found)
         return Score(
-            cosine=float(cosines.min()), mean_cosine=float(cosines.mean()), agreement=agreement, recall_drop=drop
+            cosine=float(all_.min()), mean_cosine=float(all_.mean()), agreement=agreement, recall_drop=drop
         )
 
 
@@ -112,15 +114,6 @@ def recall_drop(found: Recall, expected: Recall) -> float:
     there = expected.image_to_text - found.image_to_text
     back = expected.text_to_image - found.text_to_image
     return round(100 * max(there, back), 6)
-
-
-def _cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of the rows of the last axis, float64; -1 where something is not finite, or a row is zero."""
-    mine, theirs = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (found, expected))
-    norms = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosines: np.ndarray = (mine * theirs).sum(axis=1) / norms
-    return np.where(np.isfinite(cosines), cosines, -1.0)
 
 
 def _size(feeds: Feeds) -> int:

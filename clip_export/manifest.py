@@ -54,6 +54,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TAIL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _TAIL_BYTES = len(b',\n  "sha256": ""\n}\n') + 64
 _MAX_PLANS = 256
+_MAX_MISSED = 16  # a build knows of three: the cosine of each tower, and R@1
 _MAX_MESSAGE = 400  # characters: a hostile value must not fill the terminal
 
 REBUILD = "build the bundle again, or copy it again from where it came"
@@ -117,16 +118,30 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contract:
-    """What a quantized precision was held to when it was made: the least cosine to the fp32 reference.
+    """What a quantized precision was held to when it was made, and what of that it missed.
 
-    `kept` is False where it missed that, and was published because somebody said to.
+    `min_cosine` is the least cosine to the fp32 reference, over golden samples and held-out inputs; `max_recall_drop`
+    the most points by which R@1 on pairs may fall, None where that was not required. `missed` says in words, a sentence
+    for each, what was not kept: empty unless somebody said to publish it all the same.
     """
 
     min_cosine: float
-    kept: bool = True
+    max_recall_drop: float | None = None
+    missed: tuple[str, ...] = dataclasses.field(default_factory=tuple)  # a factory: the key has to be in the file
 
     def __post_init__(self) -> None:
         _require(-1 <= self.min_cosine <= 1, f"a contract cannot ask for a cosine of {self.min_cosine}")
+        drop = self.max_recall_drop
+        _require(drop is None or 0 <= drop <= 100, f"a contract cannot allow R@1 to drop by {drop} points")
+        _require(len(self.missed) <= _MAX_MISSED, f"missed: at most {_MAX_MISSED}, found {len(self.missed)}")
+        for words in self.missed:
+            readable = words.isprintable() and words.strip() != "" and len(words) <= _MAX_MESSAGE
+            _require(readable, f"missed: expected 1 to {_MAX_MESSAGE} printable characters, found {words!r}")
+
+    @property
+    def kept(self) -> bool:
+        """Whether everything was kept when it was made."""
+        return not self.missed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Images with their captions, from a folder: what calibration and recall are measured on.
+"""Images with their captions, from a folder: what calibration and recall are measured on, and which are held out.
 
 A folder of pairs has one of two files, in UTF-8, one line a pair:
 
@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from clip_export.errors import InputError
 
-__all__ = ["Pairs", "find_pairs", "hold_out", "spread"]
+__all__ = ["Pairs", "find_pairs", "group", "hold_out", "spread"]
 
 _CSV, _JSONL = "captions.csv", "captions.jsonl"
 _COLUMNS = ("file", "caption")
@@ -76,26 +76,67 @@ def find_pairs(folder: Path) -> Pairs | None:
     return Pairs(files=tuple(file for file, _ in lines), captions=tuple(caption for _, caption in lines))
 
 
-def hold_out(count: int, share: float = 0.25, most: int = 256) -> npt.NDArray[np.bool_]:
-    """Which of `count` items are held out, bool [count]: `share` of them, at most `most`, spread evenly.
+def group(*keys: Sequence[Hashable]) -> list[int]:
+    """Which items belong together: for each the number of the first item of its group.
 
-    By position alone, so the same on every machine and whatever the items are; sorted items are held out in their
-    proportions. Of two items or more, at least one is on each side. Raises ValueError for a share outside 0 to 1.
+    `keys[k][i]` is what item i is told by in one respect, such as its picture, or its caption. Items that share one
+    are of one group, and so is what shares one with any of them: the connected components. Raises ValueError for keys
+    of different lengths.
     """
-    if not 0 < share < 1 or most < 1:
-        raise ValueError(f"a share of {share} and at most {most}, expected between 0 and 1, and at least 1")
-    held: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
-    if count >= 2:
-        wanted = min(max(round(count * share), 1), count - 1, most)
-        held[spread(count, wanted)] = True
-    return held
+    parents: list[int] = []
+    first: dict[tuple[int, Hashable], int] = {}
+    for item, values in enumerate(zip(*keys, strict=True)):
+        parents.append(item)
+        for key in enumerate(values):
+            earlier, later = sorted((_root(parents, item), _root(parents, first.setdefault(key, item))))
+            parents[later] = earlier
+    return [_root(parents, item) for item in range(len(parents))]
 
 
 def spread(count: int, most: int) -> npt.NDArray[np.int64]:
-    """At most `most` of the numbers 0 to `count`, ascending: the middles of equal parts, int64 [min(count, most)]."""
-    wanted = min(count, most)
-    # In whole numbers: distinct, since a part has at least one.
-    return (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * max(wanted, 1))
+    """At most `most` of the numbers 0 to `count`, ascending: the middles of equal parts, int64 [min(count, most)].
+
+    The same on every machine, whatever is numbered; of what is sorted, each kind is taken in its proportion.
+    """
+    taken = min(count, most)
+    # In whole numbers. They are distinct, since a part has at least one item.
+    return (2 * np.arange(taken, dtype=np.int64) + 1) * count // max(2 * taken, 1)
+
+
+def hold_out(groups: Sequence[Hashable], share: float = 0.25, most: int = 256) -> npt.NDArray[np.bool_]:
+    """Which items are held out, bool [items], where item i is of `groups[i]`: whole groups, `share` of them.
+
+    They are spread evenly over the groups in the order of their first items, and are fewer where they would have more
+    than `most` items. A group that alone has more than `most`, or than `share` of all items, is passed over; where
+    every group is as large, the smallest is held out. Of two groups or more, at least one is on each side. Raises
+    ValueError for a share outside 0 to 1.
+    """
+    if not 0 < share < 1 or most < 1:
+        raise ValueError(f"a share of {share} and at most {most}, expected between 0 and 1, and at least 1")
+    numbers: dict[Hashable, int] = {}
+    of_items = np.array([numbers.setdefault(name, len(numbers)) for name in groups], np.int64)
+    held: npt.NDArray[np.bool_] = np.zeros(len(numbers), np.bool_)
+    if len(numbers) >= 2:
+        held[_held_groups(np.bincount(of_items), share, most)] = True
+    return held[of_items]
+
+
+def _held_groups(sizes: npt.NDArray[np.int64], share: float, most: int) -> npt.NDArray[np.int64]:
+    """Which of at least two groups with so many items are held out, at least one, but not all."""
+    room = min(max(round(float(sizes.sum()) * share), 1), most)
+    small = np.flatnonzero(sizes <= room)
+    if not len(small):
+        return np.flatnonzero(sizes == sizes.min())[:1]
+    wanted = min(max(round(len(sizes) * share), 1), len(sizes) - 1, len(small), most)
+    choices = (small[spread(len(small), count)] for count in range(wanted, 0, -1))
+    return next(chosen for chosen in choices if sizes[chosen].sum() <= most)  # the last has one group, and that fits
+
+
+def _root(parents: list[int], item: int) -> int:
+    while parents[item] != item:
+        parents[item] = parents[parents[item]]  # so that the way is half as long for whoever takes it next
+        item = parents[item]
+    return item
 
 
 def _text(path: Path) -> str:

@@ -20,9 +20,9 @@ from typing import Any, cast
 import numpy as np
 
 from clip_export.bundle import Bundle, Graph
-from clip_export.choice import CPU_INT8
+from clip_export.choice import CPU_INT8, FP32
 from clip_export.errors import ContractError, InputError
-from clip_export.feeds import Data, Samples, gather
+from clip_export.feeds import Data, gather
 from clip_export.judging import SEARCHED_WITH, Judge, Outputs, Reference, recall_drop, run_graph
 from clip_export.manifest import Contract
 from clip_export.output_file import staged_file, writing
@@ -32,12 +32,18 @@ from clip_export.precision.search import Found, Journal, Mix, Score, search
 from clip_export.precision_map import HIGH, PrecisionMap, check_names, check_towers
 from clip_export.progress import Progress
 from clip_export.quantization import QUANTIZED, SEARCHED, Quantization
+from clip_export.quantized_report import (
+    QuantizedTower,
+    layer_formats,
+    tower_report,
+    worst_by_error,
+    worst_by_score,
+)
 from clip_export.quantized_tower import Prepared, Quantizer, layer_names, prepare_tower, run_simulated, to_half
 from clip_export.retrieval import Recall, recall_at
 from clip_export.spec import Tower
 from clip_export.verification import CONTRACTS
 
-_WORST = 5  # layers that an error names
 # Part of every key of a search: one more where the same options would give other scores.
 _SEARCH_VERSION = 2
 
@@ -114,7 +120,7 @@ class _Maker:
         """Quantize every tower, hold them to the contract together, and write their graphs and the map."""
         for tower in self.data.towers:
             self._check_map(tower, dict.fromkeys(layer_names(self.data.towers[tower])))
-        towers: dict[Tower, _Tower] = {}
+        towers: dict[Tower, QuantizedTower] = {}
         for tower in self.data.towers:
             towers[tower] = self._tower(tower, staging, {name: made.outputs for name, made in towers.items()})
         outputs = {tower: made.outputs for tower, made in towers.items()}
@@ -146,7 +152,7 @@ class _Maker:
             ),
         )
 
-    def _tower(self, tower: Tower, staging: Path, made: Mapping[Tower, Outputs]) -> _Tower:
+    def _tower(self, tower: Tower, staging: Path, made: Mapping[Tower, Outputs]) -> QuantizedTower:
         """Quantize `tower` beside those that are `made`, by their outputs."""
         samples, reference = self.data.towers[tower], self.references[tower]
         prepared = self._prepared(tower)
@@ -170,15 +176,17 @@ class _Maker:
             self.progress(f"{tower}: judge the {self.precision} graph", 0, 0)
             outputs = run_simulated(target, reference.feeds, self.work)
             found = dataclasses.replace(found, score=judge.score(outputs))
-            if not self._keeps(found.score):
+            kept = self._keeps(found.score)
+            if not kept:
                 found = self._blamed(tower, quantizer, judge, found)
         finally:
             quantizer.close()
-        return _Tower(
-            formats=_mixed(prepared, found.mix),
+        return QuantizedTower(
+            formats=layer_formats(prepared, found.mix),
             outputs=outputs,
             found=found,
-            report=_report(samples, prepared, found, quantizer.high) | {"half": half.report.to_dict()},
+            report=tower_report(samples, prepared, found, quantizer.high) | {"half": half.report.to_dict()},
+            worst=() if kept else worst_by_score(found),
         )
 
     def _prepared(self, tower: Tower) -> Prepared:
@@ -193,15 +201,20 @@ class _Maker:
             progress=self.progress,
         )
 
-    def _cpu_tower(self, tower: Tower, prepared: Prepared, target: Path, made: Mapping[Tower, Outputs]) -> _Tower:
+    def _cpu_tower(
+        self, tower: Tower, prepared: Prepared, target: Path, made: Mapping[Tower, Outputs]
+    ) -> QuantizedTower:
         """The tower for ONNX Runtime: every layer in int8, the rest fp32; judged on the kernels of this CPU."""
         reference, mix = self.references[tower], self._quantized(tower, prepared.treatments)
         quantize_for_cpu(prepared.smoothed, target, {name: prepared.treatments[name].scale for name in mix})
         outputs = run_graph(target, reference.feeds)
         score = self._judge(tower, reference, made).score(outputs)
         found = Found(mix=mix, score=score, high=(), sensitivity={}, evaluations=1, share=prepared.share(mix))
-        report = _report(self.data.towers[tower], prepared, found, {})
-        return _Tower(formats=_mixed(prepared, mix), outputs=outputs, found=found, report=report)
+        report = tower_report(self.data.towers[tower], prepared, found, {}, rest=FP32)
+        worst = () if self._keeps(score) else worst_by_error(prepared, found)
+        return QuantizedTower(
+            formats=layer_formats(prepared, mix), outputs=outputs, found=found, report=report, worst=worst
+        )
 
     def _found(self, tower: Tower, quantizer: Quantizer, sample: Judge, judge: Judge) -> Found:
         """The mix of a tower: searched on a `sample` and confirmed by `judge`, or all that the format or map says."""
@@ -269,7 +282,8 @@ class _Maker:
 
     def _recall(self, embeddings: Mapping[Tower, np.ndarray], rows: np.ndarray) -> Recall:
         """R@1 of held-out pairs, those in `rows`."""
-        captions, pictures = ([self.data.held_out(tower)[row] for row in rows] for tower in ("text", "image"))
+        names = {tower: self.data.held_out(tower) for tower in self.data.towers}
+        captions, pictures = ([names[tower][row] for row in rows] for tower in ("text", "image"))
         return recall_at(embeddings["image"], embeddings["text"], 1, labels=captions, pictures=pictures)
 
     def _pairs(self, outputs: Mapping[Tower, Outputs]) -> dict[str, Any] | None:
@@ -295,8 +309,8 @@ class _Maker:
                 yield f"min cosine of the {tower} tower is {score.cosine:.7f}, required is {self.min_cosine:.7g}"
         most = self.options.max_recall_drop
         if most is not None and (pairs is None or not pairs["recall_drop"] <= most):
-            drop = "not known" if pairs is None else f"{pairs['recall_drop']:.2f} points"
-            yield f"R@1 drops by {drop}, allowed are {most}"
+            found = "is not known" if pairs is None else f"is {pairs['recall_drop']:.2f} points"
+            yield f"the drop of R@1 {found}, allowed are {most:.7g} points"
 
     def _search_key(self, tower: Tower, quantizer: Quantizer) -> str:
         """Stands for all that the scores of a search depend on."""
@@ -320,41 +334,25 @@ class _Maker:
     def _graph(self, tower: Tower) -> Graph:
         return dataclasses.replace(self.bundle.graph(tower), file=f"{tower}.{self.precision}.onnx")
 
-    def _error(self, missed: Sequence[str], towers: Mapping[Tower, _Tower], report: dict[str, Any]) -> ContractError:
+    def _error(
+        self, missed: Sequence[str], towers: Mapping[Tower, QuantizedTower], report: dict[str, Any]
+    ) -> ContractError:
         """The error for what missed the contract; the report is written beside the bundle and named."""
         with staged_file(self.report_path) as file, writing(self.report_path):
             file.write(json.dumps(report, indent=2).encode("ascii") + b"\n")
-        worst = [f"{tower} {words}" for tower, made in towers.items() for words in made.worst()]
-        blamed = f"; worst alone: {', '.join(worst)}" if worst else ""
+        worst = [f"{tower} {words}" for tower, made in towers.items() for words in made.worst]
+        blamed = f"; worst layers: {', '.join(worst)}" if worst else ""
         for tower, made in towers.items():
             if made.found.unquantized is not None and not self._keeps(made.found.unquantized):
                 cosine = made.found.unquantized.cosine
                 blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine:.7f}"
-        searched = self.precision in SEARCHED
+        searched = self.precision in (*SEARCHED, CPU_INT8)
         instead = "ask for less with --min-cosine" if searched else "--precision auto leaves the worst layers in fp16"
         return ContractError(
             f"{self.precision} misses its contract: {'; '.join(missed)}{blamed}. Nothing is published; the report is "
             f"{self.report_path}",
             hint=f"{instead}; more --calibration inputs may help; --allow-below-contract publishes it marked as such",
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tower:
-    """A quantized tower: the format of each linear layer, its outputs for the reference's inputs, how it was found."""
-
-    formats: dict[str, str]
-    outputs: Outputs
-    found: Found
-    report: dict[str, Any]
-
-    def worst(self) -> list[str]:
-        """The layers of the mix that lose most alone, the worst first, in words; none where nothing was missed."""
-        alone = [(name, score) for name, score in self.found.sensitivity.items() if name in self.found.mix]
-        if self.found.unquantized is None:
-            return []
-        ranked = sorted(alone, key=lambda item: -item[1].damage)
-        return [f"{name} ({score.cosine:.7f})" for name, score in ranked[:_WORST]]
 
 
 def _scoring(quantizer: Quantizer, judge: Judge) -> Callable[[Mix], Score]:
@@ -380,33 +378,3 @@ def _formats(layers: Mapping[str, str], usual: FormatName) -> dict[str, FormatNa
     A search leaves layers out after they were smoothed with the others, and they stay so.
     """
     return {name: usual if format_ == HIGH else find_format(format_).name for name, format_ in layers.items()}
-
-
-def _mixed(prepared: Prepared, mix: Sequence[str]) -> dict[str, str]:
-    return {
-        linear.name: prepared.treatments[linear.name].format if linear.name in mix else HIGH
-        for linear in prepared.linears
-    }
-
-
-def _report(samples: Samples, prepared: Prepared, found: Found, refused: Mapping[str, str]) -> dict[str, Any]:
-    """JSON-ready: the share of FLOPs, and of each layer how it is held, what that costs, and why it stayed high."""
-    formats, high = _mixed(prepared, found.mix), {item.linear: item.why for item in found.high} | dict(refused)
-    layers = {}
-    for name, format_ in formats.items():
-        layer: dict[str, Any] = {"format": format_, "flops": prepared.costs[name]}
-        layer["share"] = prepared.costs[name] / prepared.total
-        if name in prepared.treatments:
-            treatment = prepared.treatments[name]
-            layer |= {"smoothing": treatment.strength, "scale": treatment.scale, "error": treatment.error}
-        if name in found.sensitivity:
-            layer["alone"] = dataclasses.asdict(found.sensitivity[name])
-        if format_ == HIGH:
-            layer["why"] = high.get(name, "the precision map says so")
-        layers[name] = layer
-    return {
-        "calibrated_on": f"{prepared.calibrated_on} of {samples.source}, {int(samples.held_out.sum())} held out",
-        "share": found.share,
-        "evaluations": found.evaluations,
-        "layers": layers,
-    }

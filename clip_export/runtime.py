@@ -51,7 +51,8 @@ def load(
     or graph, by default the fastest that there is a plan of, and fp32 of the graphs. `fallback="onnxruntime"` runs the
     graphs, with a warning, where `backend` cannot run here. `threads` are those of one engine, all cores by default;
     `check_files=False` skips the hashing of files that are known to be whole; `batch_size` is the most that an engine
-    is given at once; `options` are the backend's own (`clip_export.EngineOptions` for plans).
+    is given at once; `options` are the backend's own (`clip_export.EngineOptions` for plans). A precision that was
+    published below its accuracy contract is loaded with a warning that says what it missed.
 
     Raises InputError for threads or a batch size that cannot be; BundleError for a bundle that is damaged, or whose
     golden samples the libraries installed here tokenize or preprocess in another way; NoPlanError where no plan fits,
@@ -69,6 +70,10 @@ def load(
     host_code = isinstance(options, EngineOptions) and options.allow_host_code
     try:
         choice = choose(bundle, backend=backend, device=device, precision=precision, host_code=host_code)
+        contract = bundle.manifest.contracts.get(choice.precision)
+        if contract is not None and not contract.kept:
+            words = "; ".join(contract.missed)
+            warnings.warn(f"{choice.precision} of {bundle.path} misses its accuracy contract: {words}", stacklevel=2)
         return open_choice(bundle, choice, threads=threads, options=options, batch_size=batch_size)
     except (BackendError, MissingDependencyError) as error:
         if fallback is None or backend == fallback:
@@ -90,10 +95,6 @@ def open_choice(
     if options is not None and not isinstance(options, wanted):
         hint = "plans take clip_export.EngineOptions, onnxruntime a mapping such as {'tf32': True}; name the backend"
         raise InputError(f"{choice.backend} cannot be given {type(options).__name__} as options", hint=hint)
-    contract = bundle.manifest.contracts.get(choice.precision)
-    if contract is not None and not contract.kept:
-        message = f"{choice.precision} of {bundle.path} misses its accuracy contract: min cosine {contract.min_cosine}"
-        warnings.warn(f"{message} was required, see clip-export verify", stacklevel=3)
     size = choice.batch_size if batch_size is None else batch_size
     return assemble(bundle, choice, partial(_open, bundle, choice, threads, options), batch_size=size)
 

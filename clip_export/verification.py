@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from clip_export import backends
 from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
 from clip_export.choice import CPU_INT8, FP32, GRAPHS, Choice, best_plans, choose
+from clip_export.cosine import cosines, unit_rows
 from clip_export.encoder import Encoder, Floats
 from clip_export.errors import BundleIntegrityError, ContractError
 from clip_export.golden import ImageGolden, TextGolden
@@ -36,6 +37,7 @@ CONTRACTS |= dict.fromkeys(("int8", "int8all", "int8cpu", "fp8", "auto", "autoal
 
 _BELOW_FP32 = "this is a bug of the export, not of the checkpoint; please report it with the architecture"
 _BELOW_HALF = "build with another precision, or let ranges be measured on more inputs: --calibration PICTURES"
+_REBUILT = "build it again with --force, for less or with --precision auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,22 +69,26 @@ class Row:
 class Verification:
     """What `verify` found; `notes` are the precisions that could not be measured here, each with its reason.
 
+    `missed` is precision -> what of its contract it missed when it was built, in the words of the manifest: those that
+    were published below it. Held-out inputs and R@1 are not in a bundle, so golden samples alone cannot clear them.
     Token ids and pixels are compared when the bundle is loaded: a difference is an error.
     """
 
     name: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    missed: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether every row keeps the contract."""
-        return all(row.passed for row in self.rows)
+        """Whether every row keeps the contract, and every precision kept all of it when it was built."""
+        return not self.missed and all(row.passed for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         rows = [{**dataclasses.asdict(row), "passed": row.passed} for row in self.rows]
-        return {"name": self.name, "rows": rows, "notes": list(self.notes), "passed": self.passed}
+        missed = {precision: list(words) for precision, words in self.missed.items()}
+        return {"name": self.name, "rows": rows, "notes": list(self.notes), "missed": missed, "passed": self.passed}
 
 
 def verify(
@@ -102,7 +108,8 @@ def verify(
     """
     bundle = path if isinstance(path, Bundle) else Bundle.open(path)
     runs, notes = _runs(bundle, backend, device, precision)
-    return _replayed(bundle, runs, notes, progress)
+    asked = [precision] if precision is not None else list(bundle.manifest.variants) if backend is None else []
+    return _replayed(bundle, runs, asked, notes, progress)
 
 
 def verify_choice(
@@ -110,13 +117,16 @@ def verify_choice(
 ) -> Verification:
     """Like `verify`, for exactly the plans or graphs that `choice` names. Raises as `load` does."""
     run = (choice.title, choice.precision, partial(open_choice, bundle, choice, options=options))
-    return _replayed(bundle, [run], (), progress)
+    return _replayed(bundle, [run], (), (), progress)
 
 
 _Run = tuple[str, str, Callable[[], AbstractContextManager[Encoder]]]  # what runs, its precision, how it is opened
 
 
-def _replayed(bundle: Bundle, runs: Sequence[_Run], notes: tuple[str, ...], progress: Progress) -> Verification:
+def _replayed(
+    bundle: Bundle, runs: Sequence[_Run], asked: Sequence[str], notes: tuple[str, ...], progress: Progress
+) -> Verification:
+    """What `runs` give for the golden samples; `asked` are precisions to answer for, run here or not."""
     golden = bundle.golden()
     samples: dict[Tower, TextGolden | ImageGolden | None] = {"text": golden.text, "image": golden.image}
     rows: list[Row] = []
@@ -128,7 +138,14 @@ def _replayed(bundle: Bundle, runs: Sequence[_Run], notes: tuple[str, ...], prog
                 if sample is not None:
                     rows += _compare(encoder, sample, precision, title, required_cosine(bundle, precision))
     progress("verify", len(runs), len(runs))
-    return Verification(name=bundle.name, rows=tuple(rows), notes=notes)
+    missed = _missed(bundle, dict.fromkeys([*asked, *(precision for _, precision, _ in runs)]))
+    return Verification(name=bundle.name, rows=tuple(rows), notes=notes, missed=missed)
+
+
+def _missed(bundle: Bundle, precisions: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What those of `precisions` that were published below their contract missed."""
+    contracts = bundle.manifest.contracts
+    return {name: contracts[name].missed for name in precisions if name in contracts and not contracts[name].kept}
 
 
 def _runs(
@@ -200,7 +217,7 @@ def required_cosine(bundle: Bundle, precision: str) -> float:
 
 
 def require_contract(found: Verification) -> None:
-    """Raise ContractError, naming the output, for a verification that did not pass."""
+    """Raise ContractError, naming the output or what was missed, for a verification that did not pass."""
     for row in found.rows:
         if not row.passed:
             raise ContractError(
@@ -208,6 +225,8 @@ def require_contract(found: Verification) -> None:
                 f"{row.engine}, expected at least {row.required_cosine}; nothing is published",
                 hint=_BELOW_FP32 if row.precision == FP32 else _BELOW_HALF,
             )
+    for precision, words in found.missed.items():
+        raise ContractError(f"{precision} missed its contract when it was built: {'; '.join(words)}", hint=_REBUILT)
 
 
 def compare(
@@ -224,12 +243,12 @@ def compare(
     if found.shape != expected.shape:
         message = f"{tower} {output}: the engine gives {list(found.shape)}, the golden samples {list(expected.shape)}"
         raise BundleIntegrityError(message, hint=REBUILD)
+    cosine = cosines(found, expected)  # NaN, which keeps no contract, for a row that is zero or not finite
     first, second = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (found, expected))
-    lengths = [np.linalg.norm(rows, axis=1, keepdims=True) for rows in (first, second)]
-    with np.errstate(invalid="ignore", divide="ignore"):  # a zero or infinite row has no cosine: NaN fails
-        cosine = (first / lengths[0] * (second / lengths[1])).sum(axis=1)
-        if output == "embedding":
-            first, second = first / lengths[0], second / lengths[1]
+    if output == "embedding":
+        first, second = unit_rows(first), unit_rows(second)
+    with np.errstate(invalid="ignore"):
+        max_abs = float(np.abs(first - second).max())
     return Row(
         tower=tower,
         output=output,
@@ -238,6 +257,6 @@ def compare(
         samples=len(expected),
         min_cosine=float(cosine.min()),
         mean_cosine=float(cosine.mean()),
-        max_abs=float(np.abs(first - second).max()),
+        max_abs=max_abs,
         required_cosine=required,
     )

@@ -224,7 +224,11 @@ def test_the_bytes_of_schema_3(bundle: Path, golden_text: Callable[[str, str], N
         inspector="plans/golden/text.layers.json",
         options={"attention": "operator", "tf32": "true"},
     )
-    contracts = {"fp16": Contract(min_cosine=0.995, kept=False)}
+    missed = (
+        "min cosine of the text tower is 0.9160773, required is 0.995",
+        "R@1 drops by 2.00 points, allowed are 0.5",
+    )
+    contracts = {"fp16": Contract(min_cosine=0.995, max_recall_drop=0.5, missed=missed)}
     manifest = dataclasses.replace(with_plans(bundle, [plan, make_plan("image")]), contracts=contracts)
     golden_text(manifest_bytes(manifest).decode("ascii"), "manifests/schema-3.json")
     data = (MANIFESTS / "schema-3.json").read_bytes()
@@ -258,9 +262,61 @@ def test_a_manifest_of_two_schemas_at_once(bundle: Path) -> None:
 
 
 def test_a_contract_of_no_variant(bundle: Path) -> None:
-    rewrite(bundle, contracts={"int8": {"min_cosine": 0.99, "kept": True}})
+    rewrite(bundle, contracts={"int8": {"min_cosine": 0.99, "max_recall_drop": None, "missed": []}})
     with pytest.raises(BundleSchemaError, match="contracts: 'int8' is none of the variants"):
         Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    ("contract", "words"),
+    [
+        ({"min_cosine": 1.5}, "a contract cannot ask for a cosine of 1.5"),
+        ({"min_cosine": "0.99"}, "expected float, found '0.99'"),
+        ({"min_cosine": None}, r"contracts\.fp32\.min_cosine: expected float, found None"),
+        ({"max_recall_drop": -0.5}, "a contract cannot allow R@1 to drop by -0.5 points"),
+        ({"max_recall_drop": 100.5}, "a contract cannot allow R@1 to drop by 100.5 points"),
+        ({"max_recall_drop": True}, "expected float, found True"),
+        ({"missed": None}, "missed: expected a list, found NoneType"),
+        ({"missed": "all"}, "missed: expected a list, found str"),
+        ({"missed": [1]}, r"missed\[0\]: expected str, found 1"),
+        ({"missed": ["x"] * 17}, "missed: at most 16, found 17"),
+        ({"missed": [""]}, "expected 1 to 400 printable characters, found ''"),
+        ({"missed": ["  "]}, "expected 1 to 400 printable characters, found '  '"),
+        ({"missed": ["x" * 401]}, "expected 1 to 400 printable characters, found 'xxx"),
+        ({"missed": ["\x1b[2J"]}, r"expected 1 to 400 printable characters, found '\\x1b\[2J'"),
+        ({"missed": ["\ud800"]}, r"expected 1 to 400 printable characters, found '\\ud800'"),
+        ({"kept": True}, "unknown key kept"),
+    ],
+)
+def test_a_contract_that_cannot_be(bundle: Path, contract: dict[str, Any], words: str) -> None:
+    rewrite(bundle, contracts={"fp32": {"min_cosine": 0.99, "max_recall_drop": None, "missed": []} | contract})
+    with pytest.raises(BundleSchemaError, match=words) as raised:
+        Bundle.open(bundle)
+    assert len(raised.value.message) <= 401
+    assert raised.value.message.isprintable()
+
+
+def test_a_contract_that_does_not_say_what_was_missed(bundle: Path) -> None:
+    """It would read as kept."""
+    rewrite(bundle, contracts={"fp32": {"min_cosine": 0.99, "max_recall_drop": None}})
+    with pytest.raises(BundleSchemaError, match=r"contracts\.fp32: missing key missed"):
+        Bundle.open(bundle)
+
+
+@given(
+    cosine=st.floats(-1, 1),
+    drop=st.none() | st.floats(0, 100),
+    missed=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=400), max_size=16).map(
+        tuple
+    ),
+)
+def test_contracts_are_read_as_they_were_written(
+    pristine: Path, cosine: float, drop: float | None, missed: tuple[str, ...]
+) -> None:
+    contract = Contract(min_cosine=cosine, max_recall_drop=drop, missed=missed)
+    manifest = dataclasses.replace(Bundle.open(pristine).manifest, contracts={"fp32": contract})
+    assert parse_manifest(manifest_bytes(manifest)).contracts == {"fp32": contract}
+    assert contract.kept is (len(missed) == 0)
 
 
 def _plan(**changes: Any) -> Change:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,11 @@ def everything(samples: Samples) -> list[bytes]:
     return rows(image_feeds(samples.bundle, [item for item in samples.items if isinstance(item, Path)]))
 
 
+def held(data: Data, tower: Tower) -> list[Path | str]:
+    samples = data.towers[tower]
+    return [item for item, is_held in zip(samples.items, samples.held_out, strict=True) if is_held]
+
+
 # Where they come from
 
 
@@ -98,7 +105,7 @@ def test_a_folder_of_pairs(bundle: Bundle, pairs: Path) -> None:
     assert data.towers["image"].source == f"{COUNT} pictures of pictures"
     assert data.towers["text"].source == f"{COUNT} captions of the pictures"
     assert np.array_equal(data.towers["image"].held_out, data.towers["text"].held_out)  # pairs are held out as pairs
-    held_out = dict(zip(data.held_out("image"), data.held_out("text"), strict=True))
+    held_out = dict(zip(held(data, "image"), held(data, "text"), strict=True))
     assert held_out == {file: CAPTIONS[int(Path(file).stem)] for file in held_out}
 
 
@@ -131,7 +138,8 @@ def test_pictures_by_name_and_from_several_places(bundle: Bundle, pairs: Path, t
 @pytest.mark.parametrize("count", [1, LEAST_INPUTS - 1])
 def test_too_few_pictures(bundle: Bundle, plain: Path, count: int) -> None:
     files = sorted(plain.iterdir())
-    with pytest.raises(InputError, match=f"expected at least {LEAST_INPUTS} pictures .*, found {count}\n") as caught:
+    message = f"expected at least {LEAST_INPUTS} different pictures .*, found {count}\n"
+    with pytest.raises(InputError, match=message) as caught:
         gather(bundle, files[:count], None)
     assert "some hundred" in str(caught.value.hint)
     assert len(gather(bundle, files[:LEAST_INPUTS], None).towers["image"].items) == LEAST_INPUTS
@@ -139,7 +147,7 @@ def test_too_few_pictures(bundle: Bundle, plain: Path, count: int) -> None:
 
 def test_too_few_texts(bundle: Bundle, plain: Path, texts: Path) -> None:
     texts.write_text("one\ntwo\n", encoding="utf-8")
-    with pytest.raises(InputError, match=f"expected at least {LEAST_INPUTS} texts .*, found 2\n"):
+    with pytest.raises(InputError, match=f"expected at least {LEAST_INPUTS} different texts .*, found 2\n"):
         gather(bundle, [plain], texts)
 
 
@@ -179,7 +187,8 @@ def test_what_cannot_be_read(bundle: Bundle, plain: Path, texts: Path, tmp_path:
 
 
 def test_a_file_that_is_gone_has_no_digest(bundle: Bundle, plain: Path) -> None:
-    samples = gather(bundle, [plain], None).towers["image"]
+    files = tuple(sorted(plain.iterdir()))
+    samples = Samples(bundle=bundle, tower="image", items=files, held_out=np.zeros(COUNT, np.bool_), source="")
     (plain / "00.png").unlink()
     with pytest.raises(InputError, match=r"00\.png cannot be read: No such file"):
         list(samples.digests())
@@ -196,6 +205,98 @@ def test_what_is_held_out_is_not_calibrated_on_and_nothing_is_lost(bundle: Bundl
     assert judges and not set(calibrated) & set(judges)
     assert Counter(calibrated + judges) == Counter(everything(samples))
     assert judges == [row for row, held in zip(everything(samples), samples.held_out, strict=True) if held]
+
+
+def write_pairs(folder: Path, rows: Iterable[tuple[int, str]]) -> None:
+    """Captions of the pictures by their numbers."""
+    lines = [json.dumps({"file": f"{number:02}.png", "caption": caption}) + "\n" for number, caption in rows]
+    (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def assert_nothing_is_on_both_sides(samples: Samples, names: Sequence[Hashable]) -> None:
+    """`names` tell the items of `samples`, whose inputs are compared as the graph is given them as well."""
+    parts = [{name for name, held in zip(names, samples.held_out, strict=True) if held == side} for side in (0, 1)]
+    assert all(parts)
+    assert not parts[0] & parts[1]
+    assert not set(rows(samples.calibration())) & set(rows(samples.judges))
+
+
+def test_five_captions_of_a_picture_stay_together(bundle: Bundle, plain: Path) -> None:
+    write_pairs(plain, [(number, f"caption {kind} of {number}") for kind in range(5) for number in range(COUNT)])
+    data = gather(bundle, [plain], None)
+    assert data.paired
+    assert np.array_equal(data.towers["image"].held_out, data.towers["text"].held_out)
+    for samples in data.towers.values():
+        assert_nothing_is_on_both_sides(samples, data.towers["image"].items)
+        assert samples.held_out.sum() == 5 * round(COUNT / 4)
+
+
+def test_a_picture_under_two_names_is_one(bundle: Bundle, plain: Path) -> None:
+    for number in range(COUNT // 2):
+        (plain / f"{COUNT - 1 - number:02}.png").write_bytes((plain / f"{number:02}.png").read_bytes())
+    samples = gather(bundle, [plain], None).towers["image"]
+    assert_nothing_is_on_both_sides(samples, [min(number, COUNT - 1 - number) for number in range(COUNT)])
+    write_pairs(plain, [(number, f"caption of {number}") for number in range(COUNT)])
+    data = gather(bundle, [plain], None)
+    assert data.paired
+    for samples in data.towers.values():
+        assert_nothing_is_on_both_sides(samples, [min(number, COUNT - 1 - number) for number in range(COUNT)])
+    assert set(Counter(data.held_out("image")).values()) == {2}  # by which recall tells that they are the same
+    assert set(Counter(data.held_out("text")).values()) == {1}
+
+
+def test_pairs_that_share_a_caption_stay_together(bundle: Bundle, plain: Path) -> None:
+    write_pairs(plain, [(number, f"caption {number % (COUNT // 2)}") for number in range(COUNT)])
+    data = gather(bundle, [plain], None)
+    for samples in data.towers.values():
+        assert_nothing_is_on_both_sides(samples, data.towers["text"].items)
+
+
+def test_the_same_text_twice_is_on_one_side_and_counts_twice(bundle: Bundle, plain: Path, texts: Path) -> None:
+    different = [f"line {number} {'and more ' * (number % 3)}" for number in range(12)]
+    texts.write_text("".join(f"{text}\n" for text in different * 8), encoding="utf-8")
+    samples = gather(bundle, [plain], texts).towers["text"]
+    assert_nothing_is_on_both_sides(samples, samples.items)
+    assert sum(Counter(rows(samples.calibration())).values()) == samples.count
+    assert Counter(rows(samples.calibration())) + Counter(rows(samples.judges)) == Counter(everything(samples))
+    assert set(Counter(everything(samples)).values()) == {8}
+
+
+def test_texts_that_the_tower_cannot_tell_are_one(bundle: Bundle, plain: Path, texts: Path) -> None:
+    lines = [f"A Cat, number {number}" for number in range(12)]
+    texts.write_text("".join(f"{line}\n" for line in [*lines, *map(str.lower, lines)]), encoding="utf-8")
+    samples = gather(bundle, [plain], texts).towers["text"]
+    assert_nothing_is_on_both_sides(samples, [line.lower() for line in lines] * 2)
+    assert samples.different(held_out=False) + samples.different(held_out=True) == len(lines)
+
+
+def test_pictures_that_are_all_the_same_are_too_few(bundle: Bundle, plain: Path) -> None:
+    for path in plain.iterdir():
+        write_picture(path, seed=0)
+    with pytest.raises(InputError, match=f"at least {LEAST_INPUTS} different pictures .*, found 1 among {COUNT}\n"):
+        gather(bundle, [plain], None)
+
+
+def test_pairs_that_all_hang_together_cannot_be_parted(bundle: Bundle, plain: Path, texts: Path) -> None:
+    """Each picture has a caption of its own, and one that says nothing."""
+    own = [(number, f"caption of {number}") for number in range(COUNT)]
+    write_pairs(plain, [*own, *((number, "a picture") for number in range(COUNT))])
+    with pytest.raises(
+        InputError, match=f"to judge by, found {COUNT} and 0: .* such as 'a picture' of {COUNT}"
+    ) as found:
+        gather(bundle, [plain], None)
+    assert "--calibration-texts FILE" in str(found.value.hint)
+    data = gather(bundle, [plain], texts)  # as the hint says: no pairs, and each tower by itself
+    for samples in data.towers.values():
+        assert_nothing_is_on_both_sides(samples, samples.items)
+
+
+def test_a_caption_that_many_pictures_share_leaves_the_others(bundle: Bundle, plain: Path) -> None:
+    write_pairs(plain, [(number, f"caption {number}" if number < 10 else "a picture") for number in range(COUNT)])
+    data = gather(bundle, [plain], None)
+    for samples in data.towers.values():
+        assert_nothing_is_on_both_sides(samples, data.towers["text"].items)
+        assert not samples.held_out[10:].any()
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -236,14 +337,6 @@ def test_texts_are_calibrated_on_by_length_with_hardly_any_padding(bundle: Bundl
 def padding(batches: Iterable[Feeds]) -> int:
     """How many tokens of all batches stand behind the end of a text."""
     return sum(int((batch["input_ids"].shape[1] - 1 - batch["eot_index"]).sum()) for batch in batches)
-
-
-def test_the_same_text_twice_counts_twice(bundle: Bundle, plain: Path, texts: Path) -> None:
-    texts.write_text("a cat\na dog, far away\n" * 8, encoding="utf-8")
-    samples = gather(bundle, [plain], texts).towers["text"]
-    assert sum(Counter(rows(samples.calibration())).values()) == samples.count
-    assert Counter(rows(samples.calibration())) + Counter(rows(samples.judges)) == Counter(everything(samples))
-    assert set(Counter(everything(samples)).values()) == {8}
 
 
 def test_batches_are_as_wide_as_their_longest_text_where_the_graph_takes_that(
@@ -290,12 +383,11 @@ def test_digests_follow_the_content_of_their_own_part(bundle: Bundle, pairs: Pat
         for tower, samples in data.towers.items()
         for held in (False, True)
     }
-    held = Path(data.held_out("image")[0])
-    write_picture(held, seed=1000)
+    write_picture(Path(held(data, "image")[0]), seed=1000)
     after = digests(gather(bundle, [pairs], None))
     assert {key for key in before if before[key] != after[key]} == {("image", True)}
     captions = pairs / "captions.jsonl"
-    calibrated = next(str(item) for item in data.towers["text"].items if item not in data.held_out("text"))
+    calibrated = next(str(item) for item in data.towers["text"].items if item not in held(data, "text"))
     captions.write_text(captions.read_text().replace(calibrated, "something else"))
     changed = digests(gather(bundle, [pairs], None))
     assert {key for key in before if after[key] != changed[key]} == {("text", False)}
@@ -305,3 +397,20 @@ def test_digests_do_not_hang_on_where_pictures_are(bundle: Bundle, pairs: Path, 
     before = digests(gather(bundle, [pairs], None))
     moved = pairs.rename(tmp_path / "elsewhere")
     assert digests(gather(bundle, [moved], None)) == before
+
+
+def test_a_picture_file_is_hashed_once(bundle: Bundle, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(plain, [(number, f"caption {kind} of {number}") for kind in range(2) for number in range(COUNT)])
+    hashed: list[str] = []
+
+    def file_digest(file: BufferedReader, algorithm: str) -> object:
+        hashed.append(file.name)
+        return real(file, algorithm)
+
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    data = gather(bundle, [plain], None)
+    found = digests(data)
+    assert len(hashed) == len(set(hashed)) == COUNT
+    everyone = found["image", False] + found["image", True]
+    assert set(everyone) == {hashlib.sha256(path.read_bytes()).digest() for path in plain.glob("*.png")}

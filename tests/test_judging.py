@@ -223,7 +223,7 @@ def test_a_part_is_whole_batches_spread_evenly_and_all_golden_samples(monkeypatc
 def test_the_reference_is_the_fp32_graph_on_golden_samples_then_held_out_ones(demo_bundle: Path) -> None:
     bundle = Bundle.open(demo_bundle)
     items = tuple(f"{number} red stars" for number in range(12))
-    samples = Samples(bundle=bundle, tower="text", items=items, held_out=hold_out(len(items)), source="texts")
+    samples = Samples(bundle=bundle, tower="text", items=items, held_out=hold_out(items), source="texts")
     found = Reference.of(samples)
     golden = bundle.golden().text
     assert golden is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_export.errors import InputError
-from clip_export.pairs import Pairs, find_pairs, hold_out
+from clip_export.pairs import Pairs, find_pairs, group, hold_out, spread
 
 NAMES = ("a.png", "b.png", "sub/c.png", "d, e.png")
 
@@ -195,30 +197,115 @@ def test_a_captions_file_without_permission(folder: Path) -> None:
     assert failure(folder) == "DIR/captions.csv cannot be read: Permission denied"
 
 
+# What belongs together
+
+KEYS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=25)
+
+
+@given(KEYS)
+def test_groups_are_what_hangs_together(items: list[tuple[int, int]]) -> None:
+    pictures, captions = [picture for picture, _ in items], [caption for _, caption in items]
+    found = group(pictures, captions)
+    near = np.equal.outer(pictures, pictures) | np.equal.outer(captions, captions)
+    reached = np.linalg.matrix_power(near.astype(object), max(len(items), 1)) > 0  # in as many steps as there can be
+    assert found == [int(np.flatnonzero(row)[0]) for row in reached]
+
+
+def test_groups_by_one_key_and_by_two() -> None:
+    assert group([]) == []
+    assert group(["a", "b", "a", "c"]) == [0, 1, 0, 3]
+    assert group(["a", "b", "a", "c"], ["x", "y", "z", "y"]) == [0, 1, 0, 1]
+    assert group(["a", "b", "c"], ["b", "c", "a"]) == [0, 1, 2]  # a caption is no picture
+    with pytest.raises(ValueError, match="zip"):
+        group(["a", "b"], ["x"])
+
+
+def test_a_long_chain_is_one_group() -> None:
+    """Each picture has a caption of the one before, from the far end: nothing recurses, and no way stays long."""
+    count = 20_000
+    steps = np.arange(count)[::-1]
+    assert set(group((steps // 2).tolist(), ((steps + 1) // 2).tolist())) == {0}
+
+
 # What is held out
 
 
+@given(st.integers(0, 3000), st.integers(0, 300))
+def test_a_spread_is_even(count: int, most: int) -> None:
+    found = spread(count, most)
+    assert found.dtype == np.int64
+    assert len(found) == min(count, most)
+    if not len(found):
+        return
+    gaps = np.diff(found)
+    assert not len(gaps) or 1 <= gaps.min() <= gaps.max() <= gaps.min() + 1
+    assert found[0] >= 0
+    assert abs(found[0] - (count - 1 - found[-1])) <= 1
+
+
+def test_a_spread_over_fewer_is_all_of_them() -> None:
+    assert spread(5, 5).tolist() == spread(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert spread(10, 2).tolist() == [2, 7]
+
+
 @given(st.integers(0, 3000), st.floats(0.01, 0.99), st.integers(1, 300))
-def test_held_out_are_as_many_as_asked_for_and_evenly_spread(count: int, share: float, most: int) -> None:
-    held = hold_out(count, share, most)
+def test_of_different_items_as_many_as_asked_for_are_held_out_evenly(count: int, share: float, most: int) -> None:
+    held = hold_out(range(count), share, most)
     assert (held.dtype, held.shape) == (np.bool_, (count,))
     if count < 2:
         assert not held.any()
         return
     wanted = min(max(round(count * share), 1), count - 1, most)
-    assert held.sum() == wanted
-    gaps = np.diff(np.flatnonzero(held))
-    assert not len(gaps) or gaps.max() - gaps.min() <= 1
-    first, last = np.flatnonzero(held)[[0, -1]]
-    assert abs(first - (count - 1 - last)) <= 1
+    assert np.flatnonzero(held).tolist() == spread(count, wanted).tolist()
+
+
+GROUPS = st.lists(st.integers(0, 20), max_size=120)
+
+
+@given(GROUPS, st.floats(0.01, 0.99), st.integers(1, 40))
+def test_no_group_is_parted(groups: list[int], share: float, most: int) -> None:
+    held = hold_out(groups, share, most)
+    inside = {name for name, is_held in zip(groups, held, strict=True) if is_held}
+    outside = {name for name, is_held in zip(groups, held, strict=True) if not is_held}
+    assert not inside & outside
+    assert (bool(inside) and bool(outside)) == (len(set(groups)) >= 2)
+    assert len(inside) <= max(round(len(set(groups)) * share), 1)
+    assert held.sum() <= max(most, min(map(groups.count, groups), default=0))
+    renamed = [f"group {name}" for name in groups]
+    assert np.array_equal(hold_out(renamed, share, most), held)  # what a group is called does not count
+
+
+@given(st.integers(4, 60), st.integers(1, 9), st.randoms(use_true_random=False))
+def test_of_groups_of_one_size_the_share_of_items_is_held_out(count: int, size: int, rng: random.Random) -> None:
+    """However they are mixed: five captions of a picture, in any order."""
+    groups = list(range(count)) * size
+    rng.shuffle(groups)
+    held = hold_out(groups, most=count * size)
+    assert abs(held.sum() - len(groups) / 4) <= size / 2
+    order = list(dict.fromkeys(groups))
+    places = sorted({order.index(name) for name in itertools.compress(groups, held)})
+    assert places == spread(count, len(places)).tolist()
 
 
 def test_hold_out_by_default() -> None:
-    assert np.flatnonzero(hold_out(12)).tolist() == [2, 6, 10]
-    assert hold_out(100_000).sum() == 256
+    assert np.flatnonzero(hold_out(range(12))).tolist() == [2, 6, 10]
+    assert hold_out(range(100_000)).sum() == 256
+    assert hold_out([item // 5 for item in range(100_000)]).sum() == 255  # 51 groups; one more would be too many
+
+
+def test_a_group_that_is_larger_than_the_share_is_passed_over() -> None:
+    groups = ["many"] * 50 + [f"one {number}" for number in range(50)]
+    assert hold_out(groups)[:50].sum() == 0
+    assert hold_out(groups)[50:].sum() == round(51 / 4)
+    assert hold_out(["a"] * 6 + ["b"] * 4 + ["c"] * 5).tolist() == [False] * 6 + [True] * 4 + [False] * 5
+    assert hold_out(["a"] * 9 + ["b"] * 8, most=2).sum() == 8  # every group has more: the smallest of them
+
+
+def test_what_is_one_group_is_not_held_out() -> None:
+    assert not hold_out(["the same"] * 20).any()
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.0, 9), (1.0, 9), (float("nan"), 9), (0.5, 0)])
 def test_shares_that_leave_a_side_empty(share: float, most: int) -> None:
     with pytest.raises(ValueError, match="expected between 0 and 1, and at least 1"):
-        hold_out(10, share, most)
+        hold_out(range(10), share, most)

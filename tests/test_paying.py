@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from scenes import all_scenes, is_held_out, render
 import clip_export
 from clip_export import paying
 from clip_export.bundle import Bundle
-from clip_export.errors import BackendError, SpeedError
+from clip_export.errors import BackendError, ContractError, SpeedError
 from clip_export.precision_map import HIGH, read_map
 from clip_export.quantization import Quantization
 from clip_export.speed import Ratio
@@ -150,3 +151,13 @@ def test_plans_of_8_bits_are_faster_than_fp16_or_refused(bundle: Path, pictures:
         assert precisions == {"int8", "fp16"}
         report = json.loads((bundle / "report.json").read_text())["precisions"]["int8"]
         assert all(row["low"] > 1 for gpu in report["speed"].values() for row in gpu["image"].values())
+
+
+def test_int8cpu_that_misses_its_contract_names_the_layers_that_are_furthest_off(bundle: Path, pictures: Path) -> None:
+    options = Quantization(method="minmax", min_cosine=0.999999)
+    with pytest.raises(ContractError, match="int8cpu misses its contract") as caught:
+        clip_export.extend(bundle, precision="int8cpu", calibration=[pictures], quantization=options)
+    errors = [float(error) for error in re.findall(r"image blocks\.\S+ \(error (\S+)\)", str(caught.value))]
+    assert len(errors) == 5
+    assert errors == sorted(errors, reverse=True)
+    assert "--precision auto" not in str(caught.value.hint)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from clip_export.commands import _eight_bits
 from clip_export.commands._group import say
 from clip_export.commands._output import size_text
 from clip_export.commands._progress import Bar
@@ -83,7 +84,8 @@ def build(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="fp32, fp16, bf16, int8, fp8, auto (as much int8 as the contract allows) or int8cpu. May be repeated.",
+            help="fp32, fp16, bf16, int8, fp8, int8cpu, auto or autofp8 (as much int8 or fp8 as the contract allows). "
+            "May be repeated.",
             show_default="fp16 with an engine",
             rich_help_panel=_ENGINES,
         ),
@@ -281,10 +283,18 @@ def _make(recipe: Recipe, *, force: bool) -> None:
     if recipe.engine is not None and not new:
         say("the plans were there already; --force builds them again")
     say(f"built {' and '.join(bundle.manifest.spec.towers)} in {time.perf_counter() - started:.1f} s, {total}")
+    for precision in bundle.manifest.contracts:
+        if all(path.stat().st_mtime >= start_time for path in _graphs(bundle, precision)):
+            for line in _eight_bits.lines(precision, bundle.report()["precisions"][precision]):
+                say(line)
     for plan in new:
         say(_plan_line(bundle, plan))
     say(f"next: clip-export verify {shlex.quote(place)}")
     typer.echo(place)
+
+
+def _graphs(bundle: Bundle, precision: str) -> list[Path]:
+    return [bundle.path / graph.file for graph in bundle.manifest.variants[precision].values()]
 
 
 def _plan_line(bundle: Bundle, plan: Plan) -> str:

@@ -38,8 +38,9 @@ def verify(
     """Let a bundle prove itself on this machine.
 
     Replays its golden samples and compares with the reference's outputs. Token ids and pixels have to be equal,
-    embeddings to keep the accuracy contract; the exit code is 1 where they are not. A half precision that no GPU runs
-    here is simulated on the CPU, and said to be. Needs no torch.
+    embeddings to keep the accuracy contract; the exit code is 1 where they are not, and for a precision that missed its
+    contract when it was built. A half precision that no GPU runs here is simulated on the CPU, and said to be. Needs no
+    torch.
     """
     import clip_export
 
@@ -86,4 +87,6 @@ def _print(result: Verification) -> None:
     typer.echo("token ids and pixels: equal")  # loading the bundle has compared them; one that differs is an error
     for note in result.notes:
         typer.echo(note)
+    for name, missed in result.missed.items():
+        typer.echo(f"{name} was published below its contract: {'; '.join(missed)}")
     typer.echo("passed" if result.passed else "FAILED: below the contract")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_export import backends
+from clip_export.cosine import cosines
 from clip_export.precision._operators import is_constant
 from clip_export.precision.half import HalfReport, convert
 from clip_export.precision.ranges import Feeds, Ranges
@@ -87,11 +88,7 @@ def _agreement(half: Path, feeds: Sequence[Feeds], expected: Sequence[np.ndarray
 
 def min_cosine(found: np.ndarray, expected: np.ndarray) -> float:
     """The smallest cosine between rows of the last axis; -1 where something is not finite, or a row is zero."""
-    mine, theirs = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (found, expected))
-    norms = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
-    if not (np.isfinite(mine).all() and (norms > 0).all()):
-        return -1.0
-    return float(((mine * theirs).sum(axis=1) / norms).min())
+    return float(np.nan_to_num(cosines(found, expected), nan=-1.0).min())  # a number: it is ordered, and is in reports
 
 
 @contextmanager

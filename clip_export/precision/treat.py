@@ -1,12 +1,21 @@
 """What becomes of one linear layer in 8 bits: how its input is smoothed, where it is cut off, and what that costs.
 
-Decided from a sample of the input's rows alone: the layer's product in 8 bits is compared with the exact one, for every
-strength of smoothing, and the smallest error wins. No smoothing is among the candidates, so smoothing never harms.
+Decided from a sample of the input's rows alone: the layer's product in 8 bits is compared with the exact one, without
+smoothing and for every strength of it, and the smallest error wins. Two things make that hold for other inputs too.
+
+Every candidate is fitted to one half of the sample and judged by the other. Judged by the rows that it was fitted to,
+the strongest smoothing wins: it brings the largest value of every channel to the limit, so whatever is larger than all
+that was seen is cut off, in any channel. On the text tower of a ViT-B/32 with random weights that took golden texts
+from a min cosine of 0.9992 without smoothing to 0.9978, though the error of every layer was smaller.
+
+And the error of each row counts by the row's own size. A few rows are far larger than others in real towers, the first
+token's above all (Sun et al. 2024, arXiv:2402.17762), and would decide alone; embeddings are made of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +27,9 @@ from clip_export.precision.scales import activation_limit
 
 # How much of the trouble goes to the weights: 0.5 halves it evenly on a log scale, and large outliers want more.
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Rows of the sample that candidates are compared on.
+# Rows of the sample that candidates are judged by.
 SEARCH_ROWS = 256
-# A divisor is within this factor of the typical one, so that what is divided keeps its place in half precision.
+# No divisor is larger, so that what is divided keeps its place in half precision.
 SPREAD = 2.0**10
 
 
@@ -30,7 +39,8 @@ class Treatment:
 
     `strength` is that of the smoothing, None where there is none; `divisor` float32 [inputs] is what `smooth` takes,
     all ones without. Activations, divided, are cut off at `limit`, and `scale` is what 1 in the format stands for.
-    `error` is |XW - Q(X/d) Q(dW)|^2 / |XW|^2 on at most `SEARCH_ROWS` rows of the sample.
+    `error` is the mean of |xW - Q(x/d) Q(dW)|^2 / |xW|^2 over at most `SEARCH_ROWS` rows x of the sample, d and the
+    scale being those that the half without x gives. It is 0 for a row whose product is zero.
     """
 
     linear: str
@@ -55,39 +65,45 @@ def treat(
 ) -> Treatment:
     """The treatment of `linear` with the smallest error.
 
-    `weights` are float32 [inputs, outputs], `rows` a sample of its input, float32 [n, inputs], and `largest` [inputs]
-    the largest absolute value of each channel over all data. `method` is one of scales.METHODS and says where the
-    input is cut off. Smoothing with each of `strengths`, 0 to 1, is tried where the input is `foldable`. The same
-    arguments give the same treatment; of equal errors the first one wins, no smoothing before all.
+    `weights` are float32 [inputs, outputs], `rows` a sample of its input in the order of the data, float32 [n, inputs],
+    and `largest` [inputs] the largest absolute value of each channel over all data. `method` is one of scales.METHODS
+    and says where the input is cut off. Smoothing with each of `strengths`, 0 to 1, is tried where the input is
+    `foldable`. The same arguments give the same treatment; of equal errors the first one wins, no smoothing before all.
 
     Raises InputError for arrays that do not fit each other, an empty sample and a strength outside of 0 to 1, and what
     `activation_limit` raises: ExportError for values that are not finite.
     """
     _require_fit(linear, weights, rows, largest)
     _require_strengths(strengths)
-    chosen = np.linspace(0, len(rows) - 1, min(SEARCH_ROWS, len(rows))).round().astype(np.int64)
-    trial = _Trial(
-        linear=linear,
-        weights=weights,
-        rows=rows,
-        largest=largest,
-        format=format_,
-        method=method,
-        chosen=chosen,
-        exact=rows[chosen] @ weights,
+    whole = _Fit(weights=weights, rows=rows, largest=largest, format=format_, method=method)
+    trials = list(_trials(whole))
+    tried = (None, *strengths) if foldable else (None,)
+    errors = {
+        strength: float(np.mean(np.concatenate([trial.errors(strength) for trial in trials]))) for strength in tried
+    }
+    best = min(errors, key=errors.__getitem__)
+    divisor, limit = whole.fitted(best)
+    return Treatment(
+        linear=linear.name,
+        format=format_.name,
+        strength=best,
+        divisor=divisor,
+        limit=limit,
+        scale=limit / format_.largest,
+        error=errors[best],
     )
-    tried = [trial.treatment(None, np.ones(linear.inputs, dtype=np.float32))]
-    if foldable:
-        tried += [trial.treatment(strength, divisors(weights, largest, strength)) for strength in strengths]
-    return min(tried, key=lambda treatment: treatment.error)
 
 
 def divisors(weights: np.ndarray, largest: np.ndarray, strength: float) -> np.ndarray:
-    """SmoothQuant's divisor of each channel, float32 [inputs]: largest^a / max|W|^(1 - a), over its geometric mean.
+    """What each channel is divided by, float32 [inputs]: SmoothQuant's divisor where that is above 1, and 1 elsewhere.
 
-    Xiao et al. 2022, arXiv:2211.10438, equation 4; `a` is the `strength`. Any factor common to all channels cancels in
-    the product; with a geometric mean of 1 the input keeps its size. A channel that was never alive keeps 1: nothing is
-    known of it. One that the weights ignore is made as small as the bound allows.
+    The divisor is largest^a / max|W|^(1 - a), over its geometric mean: Xiao et al. 2022, arXiv:2211.10438, equation 4;
+    `a` is the `strength`. Any factor common to all channels cancels in the product; with a geometric mean of 1 the
+    typical channel keeps its size. The paper makes small channels larger too. That takes from them what they have in
+    store for inputs unlike those that were seen, and gains little: they are not what the scale is large for.
+
+    A channel that was never alive keeps 1: nothing is known of it. One that the weights ignore is made as small as the
+    bound allows.
     """
     rows = np.abs(weights).max(axis=1, initial=0.0).astype(np.float64)
     alive, heard = largest > 0, rows > 0
@@ -97,46 +113,65 @@ def divisors(weights: np.ndarray, largest: np.ndarray, strength: float) -> np.nd
     if both.any():
         logarithms[both] -= logarithms[both].mean()
     logarithms[alive & ~heard] = np.inf
-    return np.exp2(np.clip(logarithms, -np.log2(SPREAD), np.log2(SPREAD))).astype(np.float32)
+    return np.exp2(np.clip(logarithms, 0.0, np.log2(SPREAD))).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Trial:
-    """A layer and its sample, for candidates to be tried on; `exact` is the product of the rows `chosen`."""
+class _Fit:
+    """What a treatment is fitted to: rows of a layer's input and the largest value of each channel."""
 
-    linear: Linear
     weights: np.ndarray
     rows: np.ndarray
     largest: np.ndarray
     format: Format
     method: str
-    chosen: np.ndarray
+
+    def fitted(self, strength: float | None) -> tuple[np.ndarray, float]:
+        """The divisors at this strength, and the limit of what they leave."""
+        if strength is None:
+            divisor = np.ones(len(self.weights), dtype=np.float32)
+        else:
+            divisor = divisors(self.weights, self.largest, strength)
+        return divisor, activation_limit(self.rows / divisor, self.largest / divisor, self.method, self.format)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trial:
+    """One half of the sample to fit to, and rows of the other one to judge by; `exact` are their products."""
+
+    fit: _Fit
+    judges: np.ndarray
     exact: np.ndarray
 
-    def treatment(self, strength: float | None, divisor: np.ndarray) -> Treatment:
-        divided = self.rows / divisor
-        limit = activation_limit(divided, self.largest / divisor, self.method, self.format)
-        scale = limit / self.format.largest
-        return Treatment(
-            linear=self.linear.name,
-            format=self.format.name,
-            strength=strength,
-            divisor=divisor,
-            limit=limit,
-            scale=scale,
-            error=self._error(divided[self.chosen], self.weights * divisor[:, None], scale),
-        )
-
-    def _error(self, rows: np.ndarray, weights: np.ndarray, scale: float) -> float:
-        quantize = self.format.quantize
-        product = quantize(rows, scale) @ quantize(weights, self.format.weight_scales(weights))
-        size = _squared(self.exact)
-        return _squared(self.exact - product) / size if size > 0 else 0.0
+    def errors(self, strength: float | None) -> np.ndarray:
+        """The squared error of each product over its square, float64 [judges]; 0 for a product of zeros."""
+        divisor, limit = self.fit.fitted(strength)
+        format_, weights = self.fit.format, self.fit.weights * divisor[:, None]
+        held = format_.quantize(self.judges / divisor, limit / format_.largest)
+        product = held @ format_.quantize(weights, format_.weight_scales(weights))
+        lost, size = _squares(self.exact - product), _squares(self.exact)
+        errors: np.ndarray = np.divide(lost, size, out=np.zeros_like(lost), where=size > 0)
+        return errors
 
 
-def _squared(array: np.ndarray) -> float:
-    """The sum of squares, in float64."""
-    return float(np.sum(np.square(array, dtype=np.float64)))
+def _trials(whole: _Fit) -> Iterator[_Trial]:
+    """Each half fitted and judged by the other.
+
+    They are the first and the second half, not every other row: texts come by length and pictures folder by folder, and
+    the more the halves differ, the more they say of inputs that differ from both.
+    """
+    middle = len(whole.rows) // 2
+    halves = [whole.rows[:middle], whole.rows[middle:]] if middle else [whole.rows] * 2
+    for half, other in (halves, halves[::-1]):
+        chosen = np.linspace(0, len(other) - 1, min(SEARCH_ROWS // 2, len(other))).round().astype(np.int64)
+        fit = dataclasses.replace(whole, rows=half, largest=np.abs(half).max(axis=0))
+        yield _Trial(fit=fit, judges=other[chosen], exact=other[chosen] @ whole.weights)
+
+
+def _squares(array: np.ndarray) -> np.ndarray:
+    """The sum of squares of each row, in float64."""
+    squares: np.ndarray = np.square(array, dtype=np.float64).sum(axis=1)
+    return squares
 
 
 def _require_fit(linear: Linear, weights: np.ndarray, rows: np.ndarray, largest: np.ndarray) -> None:
