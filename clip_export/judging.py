@@ -104,9 +104,7 @@ class Judge:
             agreement = top1_agreement(found, expected, expected if self.others is None else self.others)
             if self.drop is not None:
                 drop = self.drop(found)
-        return Score(
-            cosine=float(all_.min()), mean_cosine=float(all_.mean()), agreement=agreement, recall_drop=drop
-        )
+        return Score(cosine=float(all_.min()), mean_cosine=float(all_.mean()), agreement=agreement, recall_drop=drop)
 
 
 def recall_drop(found: Recall, expected: Recall) -> float:
