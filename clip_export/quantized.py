@@ -348,10 +348,15 @@ class _Maker:
                 blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine:.7f}"
         searched = self.precision in (*SEARCHED, CPU_INT8)
         instead = "ask for less with --min-cosine" if searched else "--precision auto leaves the worst layers in fp16"
+        hint = f"{instead}; more --calibration inputs may help; --allow-below-contract publishes it marked as such"
+        if not any(made.found.mix for made in towers.values()):
+            hint = (
+                "--precision fp16 is what is left; or ask for less with --min-cosine, or give another --precision-map"
+            )
         return ContractError(
             f"{self.precision} misses its contract: {'; '.join(missed)}{blamed}. Nothing is published; the report is "
             f"{self.report_path}",
-            hint=f"{instead}; more --calibration inputs may help; --allow-below-contract publishes it marked as such",
+            hint=hint,
         )
 
 

@@ -243,6 +243,20 @@ def test_a_map_that_does_not_fit(
     assert contents(bundle) == before
 
 
+def test_a_mix_with_nothing_in_it_is_an_error(auto_bundle: Path, bundle: Path, pairs: Path) -> None:
+    """Allowed below its contract or not: it would be fp16 under another name."""
+    found = read_map(auto_bundle / "auto.map.json")
+    towers = {tower: dict.fromkeys(layers, HIGH) for tower, layers in found.towers.items()}
+    given = dataclasses.replace(
+        FAST, precision_map=dataclasses.replace(found, towers=towers), allow_below_contract=True
+    )
+    before = contents(bundle)
+    with pytest.raises(ContractError, match="no layer is left to quantize") as caught:
+        clip_export.extend(bundle, precision="auto", calibration=[pairs], quantization=given)
+    assert "--allow-below-contract" not in str(caught.value.hint)
+    assert contents(bundle) == before
+
+
 def test_a_stricter_contract_is_kept_by_fewer_layers_and_remembered(
     auto_bundle: Path, bundle: Path, pairs: Path
 ) -> None:
