@@ -29,7 +29,7 @@ Masks: TypeAlias = npt.NDArray[np.bool_]
 _BLOCK = 2**24  # similarities held at once: 128 MiB of float64
 # Cosines nearer than this are ties: rounding in float64 moves equal ones apart by less, and a step of float32 in a
 # row moves its cosines by about 1e-8.
-_TIE = 1e-12
+TIE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def pair_ranks(
         raise ValueError(f"{count} images and {len(texts)} texts, expected as many of both, and at least 1")
     same = [_codes(names, count) for names in (labels, pictures) if names is not None]
     candidates = _unit(texts)
-    by_image, by_text = (right[:, None] - _TIE for right in _best_right(images, candidates, same))
+    by_image, by_text = (right[:, None] - TIE for right in _best_right(images, candidates, same))
     image_ranks, text_ranks = np.ones(count, np.int64), np.ones(count, np.int64)
     for rows in _blocks(count, count):
         cosine = _unit(images[rows]) @ candidates.T
@@ -110,7 +110,7 @@ def top1_agreement(found: Floats, expected: Floats, others: Floats) -> float:
 
 def _nearest(cosine: Doubles) -> Masks:
     """Which of each row's candidates are nearest, ties included; none where one of them is not a number."""
-    nearest: Masks = cosine >= cosine.max(axis=1, keepdims=True) - _TIE
+    nearest: Masks = cosine >= cosine.max(axis=1, keepdims=True) - TIE
     return nearest
 
 

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import clip_export.errors
 from clip_export.backends._trt_library import Library, current_gpu
@@ -120,7 +121,8 @@ class _Worker:
         self._process.kill()  # does nothing to one that has ended
         self._process.wait()
         for thread in self._threads:
-            thread.join()
+            with contextlib.suppress(RuntimeError):  # Ctrl-C came while it was being started: it cannot be joined
+                thread.join()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             assert stream is not None
             with contextlib.suppress(OSError):
@@ -128,14 +130,19 @@ class _Worker:
 
     def _read_events(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in _lines(self._process.stdout):
             with contextlib.suppress(ValueError):  # a line that a killed worker could not finish
                 self._events.put(json.loads(line))
         self._events.put(None)
 
     def _read_printed(self) -> None:
         assert self._process.stderr is not None
-        self._printed.extend(self._process.stderr)
+        self._printed.extend(_lines(self._process.stderr))
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    with contextlib.suppress(ValueError):  # closed, where Ctrl-C came before its reader began
+        yield from stream
 
 
 def _outcome(worker: _Worker, request: BuildRequest, title: str, progress: Progress) -> dict[str, Any]:
