@@ -107,7 +107,7 @@ def verify(
     Raises BundleError, BackendError as `load` does; a contract that is not kept is in the result, not an error.
     """
     bundle = path if isinstance(path, Bundle) else Bundle.open(path)
-    runs, notes = _runs(bundle, backend, device, precision)
+    runs, notes = find_runs(bundle, backend, device, precision)
     asked = [precision] if precision is not None else list(bundle.manifest.variants) if backend is None else []
     return _replayed(bundle, runs, asked, notes, progress)
 
@@ -120,11 +120,11 @@ def verify_choice(
     return _replayed(bundle, [run], (), (), progress)
 
 
-_Run = tuple[str, str, Callable[[], AbstractContextManager[Encoder]]]  # what runs, its precision, how it is opened
+Run = tuple[str, str, Callable[[], AbstractContextManager[Encoder]]]  # what runs, its precision, how it is opened
 
 
 def _replayed(
-    bundle: Bundle, runs: Sequence[_Run], asked: Sequence[str], notes: tuple[str, ...], progress: Progress
+    bundle: Bundle, runs: Sequence[Run], asked: Sequence[str], notes: tuple[str, ...], progress: Progress
 ) -> Verification:
     """What `runs` give for the golden samples; `asked` are precisions to answer for, run here or not."""
     golden = bundle.golden()
@@ -138,8 +138,18 @@ def _replayed(
                 if sample is not None:
                     rows += _compare(encoder, sample, precision, title, required_cosine(bundle, precision))
     progress("verify", len(runs), len(runs))
-    missed = _missed(bundle, dict.fromkeys([*asked, *(precision for _, precision, _ in runs)]))
+    precisions = list(dict.fromkeys([*asked, *(precision for _, precision, _ in runs)]))
+    missed = _missed(bundle, precisions)
+    notes = (*notes, *_lowered(bundle, precisions))
     return Verification(name=bundle.name, rows=tuple(rows), notes=notes, missed=missed)
+
+
+def _lowered(bundle: Bundle, precisions: Iterable[str]) -> Iterator[str]:
+    """In words, whose contract asks for less than is usual: what was chosen at the build is not hidden here."""
+    for name in precisions:
+        required = required_cosine(bundle, name)
+        if required < CONTRACTS[name]:
+            yield f"{name} was built to keep {required:.7g}, which is less than the usual {CONTRACTS[name]:.7g}"
 
 
 def _missed(bundle: Bundle, precisions: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -148,13 +158,13 @@ def _missed(bundle: Bundle, precisions: Iterable[str]) -> dict[str, tuple[str, .
     return {name: contracts[name].missed for name in precisions if name in contracts and not contracts[name].kept}
 
 
-def _runs(
+def find_runs(
     bundle: Bundle, backend: str | None, device: str | None, precision: str | None
-) -> tuple[list[_Run], tuple[str, ...]]:
-    """What is to be run, and what cannot be and why."""
+) -> tuple[list[Run], tuple[str, ...]]:
+    """What `verify` runs of a bundle, and in words what cannot be run and why. Raises as `load` does."""
     if backend is not None:
         return [_real(bundle, choose(bundle, backend=backend, device=device, precision=precision))], ()
-    runs: dict[str, _Run] = {}  # by title and precision: fp16 may be answered by plans of fp16all, which come again
+    runs: dict[str, Run] = {}  # by title and precision: fp16 may be answered by plans of fp16all, which come again
     notes: list[str] = []
     ran = False
     for wanted in [precision] if precision is not None else list(bundle.manifest.variants):
@@ -191,7 +201,7 @@ def _choices(bundle: Bundle, device: str | None, precision: str) -> Iterator[Cho
         yield plans
 
 
-def _real(bundle: Bundle, choice: Choice) -> _Run:
+def _real(bundle: Bundle, choice: Choice) -> Run:
     return choice.title, choice.precision, partial(open_choice, bundle, choice)
 
 

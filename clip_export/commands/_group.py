@@ -84,7 +84,7 @@ def _errors_as_text() -> Iterator[None]:
     try:
         yield
     except ClipExportError as error:
-        _print_error(error.message, error.hint)
+        say_error(error.message, error.hint)
         raise typer.Exit(1) from error
     except BrokenPipeError:
         raise  # whoever read our output has had enough: Typer ends quietly
@@ -92,14 +92,15 @@ def _errors_as_text() -> Iterator[None]:
         hint = hint_for(error)
         if hint is None:
             raise
-        _print_error(f"{os.fsdecode(error.filename) + ': ' if error.filename else ''}{reason(error)}", hint)
+        say_error(f"{os.fsdecode(error.filename) + ': ' if error.filename else ''}{reason(error)}", hint)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         say("interrupted; nothing half-written was left")
         raise typer.Exit(INTERRUPTED) from error
 
 
-def _print_error(message: str, hint: str | None) -> None:
+def say_error(message: str, hint: str | None) -> None:
+    """An error as every command prints it."""
     say(f"error: {message}")
     if hint is not None:
         say(f"\nhint: {hint}")

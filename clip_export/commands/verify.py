@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clip_export.commands._group import say
+from clip_export.commands._group import say, say_error
 from clip_export.commands._output import print_columns, print_json
 from clip_export.commands._progress import Bar
 
 if TYPE_CHECKING:
+    from clip_export.comparing import ComparedBundle
     from clip_export.verification import Verification
 
 
@@ -27,6 +28,14 @@ def verify(
     precision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Verify this one alone.", show_default="every one there is")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Compare with this checkpoint in float32 torch, or with transformers:DIRECTORY or open_clip:NAME.",
+            show_default="the golden samples",
+        ),
+    ] = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(
@@ -40,10 +49,14 @@ def verify(
     Replays its golden samples and compares with the reference's outputs. Token ids and pixels have to be equal,
     embeddings to keep the accuracy contract; the exit code is 1 where they are not, and for a precision that missed its
     contract when it was built. A half precision that no GPU runs here is simulated on the CPU, and said to be. Needs no
-    torch.
+    torch but for --against, where the golden samples and hostile inputs go through the original too; the exit code is 2
+    where that could not be measured.
     """
     import clip_export
 
+    if against is not None:
+        _compare(bundle, against, backend=backend, device=device, precision=precision, json=json)
+        return
     with Bar() as progress:
         result = clip_export.verify(bundle, backend=backend, device=device, precision=precision, progress=progress)
     if json:
@@ -54,6 +67,46 @@ def verify(
         _write_polygraphy(bundle, polygraphy, precision)
     if not result.passed:
         raise typer.Exit(1)
+
+
+def _compare(bundle: Path, against: str, *, json: bool, **asked: str | None) -> None:
+    from clip_export.comparing import verify_against
+    from clip_export.errors import MissingDependencyError
+
+    try:
+        with Bar() as progress:
+            result = verify_against(bundle, against, progress=progress, **asked)
+    except MissingDependencyError as error:
+        say_error(error.message, error.hint)
+        raise typer.Exit(2) from error
+    if json:
+        print_json(result.to_dict())
+    else:
+        _print_compared(result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _print_compared(result: ComparedBundle) -> None:
+    for run in result.runs:
+        found = run.comparison
+        typer.echo(f"{result.name} on {run.title}, {run.precision}, against {found.reference} {found.version}")
+        typer.echo()
+        for stage in found.stages:
+            verdict = "equal" if stage.passed else f"{stage.differing} DIFFER, first {stage.first}"
+            typer.echo(f"  {stage.name} of {stage.inputs} inputs: {verdict}")
+        table: list[tuple[str, ...]] = [
+            ("tower", "inputs", "min cosine", "required", "p1 cosine", "mean cosine", "max abs", "furthest", "")
+        ]
+        for row in found.rows:
+            cosines = (f"{row.min_cosine:.7f}", f"{row.required_cosine:.7g}", f"{row.p1_cosine:.7f}")
+            last = (f"{row.mean_cosine:.7f}", f"{row.max_abs:.1e}", row.furthest, "ok" if row.passed else "FAILED")
+            table.append((row.tower, str(row.samples), *cosines, *last))
+        print_columns(table)
+        typer.echo()
+    for note in dict.fromkeys([*result.notes, *(note for run in result.runs for note in run.comparison.notes)]):
+        typer.echo(note)
+    typer.echo("passed" if result.passed else "FAILED")
 
 
 def _write_polygraphy(bundle: Path, directory: Path, precision: str | None) -> None:
