@@ -35,7 +35,7 @@ from clip_export.precision.quantize import Quantized, quantize, refusals
 from clip_export.precision.search import Found, Score, search
 from clip_export.precision.treat import treat
 from clip_export.progress import Progress
-from clip_export.quantized_tower import Half, Prepared, Quantizer, prepare_tower, to_half
+from clip_export.quantized_tower import HALF_PART, Half, Prepared, Quantizer, prepare_tower, to_half
 from clip_export.verification import CONTRACTS
 
 MODELOPT = {
@@ -84,7 +84,7 @@ class Contestants:
             prepared,
             self._samples,
             self._target(f"{name}-half"),
-            min_cosine=CONTRACTS["int8"],
+            required=1 - HALF_PART * (1 - CONTRACTS["int8"]),
             everything=False,
             progress=self._progress,
         )

@@ -20,18 +20,20 @@ from clip_export.bundle import Bundle, Graph, write_manifest
 from clip_export.choice import CPU_INT8, FP32, GRAPHS, Choice, choose, of_plans
 from clip_export.compilation import Job, PlanOptions, compile_plans
 from clip_export.errors import InputError, MissingDependencyError
+from clip_export.feeds import gather
 from clip_export.graph.files import missing
+from clip_export.layer_speed import LayerTimes, layer_times
 from clip_export.manifest import REPORT
 from clip_export.paying import CPU_BATCHES, require_paid
 from clip_export.plans import NORMALIZED, Plan, plan_folder
 from clip_export.progress import Progress, silent
 from clip_export.publish import discard, extended
 from clip_export.quantization import QUANTIZED, Quantization
-from clip_export.quantized import make_quantized
+from clip_export.quantized import made_from, make_quantized
 from clip_export.shapes import batch_bounds, profiles
 from clip_export.spec import Tower
 from clip_export.variants import make_variant
-from clip_export.verification import CONTRACTS, require_contract, verify, verify_choice
+from clip_export.verification import CONTRACTS, Verification, require_contract, verify, verify_choice
 
 PRECISIONS = tuple(CONTRACTS)
 # TensorRT-RTX has no fp32 matrix product for sm_75, "FP32 GEMM is not supported": there all but 8 bits is fp16.
@@ -55,7 +57,7 @@ def extend(
 ) -> Bundle:
     """Add `precision` graphs, and plans of `engine` compiled from them, to the bundle at `bundle`; returns it anew.
 
-    `precision` is fp32, fp16, bf16, int8, fp8, auto (the largest part of the layers in int8 that keeps the contract),
+    `precision` is fp32, fp16, bf16, int8, fp8, auto (as many layers in int8 as a search finds to keep the contract),
     int8cpu for ONNX Runtime on CPUs, or one that ends in all for chips without fp32 matrix products; `engine` is
     tensorrt or tensorrt-rtx, None for the graphs alone; `gpus` are compute capabilities as in sm_89, or portable, by
     default the GPU of this machine. `calibration` pictures and `calibration_texts`, a file with a text a line, are
@@ -77,17 +79,31 @@ def extend(
         staged = _Staged(opened, staging, quantization, progress)
         variants = dict.fromkeys([_variant(target, precision) for target in targets] or [precision])
         new = [name for name in variants if name != "fp32" and (force or name not in staged.variants)]
-        settled = dataclasses.replace(quantization, allow_slower=False) == Quantization()  # that one is about plans
-        if not new and (inputs or not settled):
-            hint = "make the graphs anew with --force, or leave out the calibration and the contract"
-            raise InputError(
-                f"{', '.join(variants)} graphs are there already, and nothing is to be measured", hint=hint
-            )
+        for name in set(variants) - set(new):
+            _require_same(opened, name, inputs, quantization)
         for name in new:
-            staged.add_variant(name, inputs)
+            served = [target for target in targets if _variant(target, precision) == name]
+            staged.add_variant(name, inputs, times=staged.layer_times(served, options))
         for target in targets:
             staged.add_plans(target, _variant(target, precision), chosen, options, force=force)
     return Bundle.open(path, check_files=False)
+
+
+def _require_same(bundle: Bundle, precision: str, inputs: _Calibration, asked: Quantization) -> None:
+    """Raise InputError where the graphs that are there were made from other data, or asked for otherwise.
+
+    Where nothing is said, they are taken as they are.
+    """
+    settled = dataclasses.replace(asked, allow_slower=False) == Quantization()  # that one is about plans
+    if not inputs and settled:
+        return
+    known = bundle.report().get("precisions", {}).get(precision, {}).get("made_from")
+    if inputs and known is not None and known == made_from(gather(bundle, inputs.pictures, inputs.texts), asked):
+        return
+    raise InputError(
+        f"{precision} graphs are there already, and would have to be made anew for this data or contract",
+        hint="--force makes them anew; leave out the calibration and the contract to keep them",
+    )
 
 
 def find_targets(engine: str | None, gpus: Sequence[str], precision: str, options: PlanOptions) -> list[Target]:
@@ -176,14 +192,25 @@ class _Staged:
         self._report = bundle.report()
         self.write()
 
-    def add_variant(self, precision: str, inputs: _Calibration) -> None:
-        """Make the graphs of one precision. Raises ContractError where they are not close enough to fp32."""
+    def layer_times(self, targets: Sequence[Target], options: PlanOptions) -> LayerTimes | None:
+        """What layers take on the GPU of this machine at the largest batch, or None where no target is for that."""
+        here = next((target for target in targets if target.gpu is not None), None)
+        if here is None:
+            return None
+        batch = batch_bounds(options.batches, options.max_batch)[-1]
+        return layer_times(here, batch=batch, cache=self._calibrations, work=self._directory)
+
+    def add_variant(self, precision: str, inputs: _Calibration, *, times: LayerTimes | None = None) -> None:
+        """Make the graphs of one precision; a search goes by `times` where there are any.
+
+        Raises ContractError where they are not close enough to fp32.
+        """
         source = self._staged()
         for old in (*self._directory.glob(f"*.{precision}.onnx*"), self._directory / f"{precision}.map.json"):
             discard(self._directory, old.name)
         self._contracts.pop(precision, None)
         if precision in QUANTIZED or precision == CPU_INT8:
-            measured = self._quantized(source, precision, inputs)
+            measured = self._quantized(source, precision, inputs, times)
         else:
             self.variants[precision], kept = make_variant(
                 source,
@@ -196,17 +223,40 @@ class _Staged:
             measured = {"towers": kept}
         self.write()
         found = verify(self._staged(), device="cpu", precision=precision, progress=self._progress)
-        if self._held(precision):
-            require_contract(found)
+        self._settle(precision, found)
         if precision == CPU_INT8 and not self._quantization.allow_slower:
             candidate, baseline = (choose(self._staged(), backend=GRAPHS, precision=name) for name in (precision, FP32))
             measured["speed"] = require_paid(self._staged(), candidate, baseline, CPU_BATCHES)
         measured["agreement"] = found.to_dict()["rows"]
         self._report.setdefault("precisions", {})[precision] = measured
         self.write()
+        self._failure_report(precision).unlink(missing_ok=True)  # of an earlier attempt, and no longer true
 
-    def _quantized(self, source: Bundle, precision: str, inputs: _Calibration) -> dict[str, Any]:
+    def _failure_report(self, precision: str) -> Path:
         place = self._bundle.path
+        return place.with_name(f"{place.name}.{precision}.report.json")
+
+    def _settle(self, precision: str, found: Verification) -> None:
+        """Hold the graphs to their contract; where that may be missed, it is marked as what it is."""
+        contract = self._contracts.get(precision)
+        if contract is None or not self._quantization.allow_below_contract:
+            if self._held(precision):
+                require_contract(found)
+            return
+        below = [row for row in found.rows if not row.passed]
+        if contract.kept and below:
+            missed = tuple(f"min cosine of {row.tower} {row.output} is {row.min_cosine:.7f}" for row in below)
+            self._contracts[precision] = dataclasses.replace(contract, missed=missed)
+            self.write()
+
+    @property
+    def _calibrations(self) -> Path:
+        place = self._bundle.path
+        return place.with_name(f".{place.name}.calibration")
+
+    def _quantized(
+        self, source: Bundle, precision: str, inputs: _Calibration, times: LayerTimes | None
+    ) -> dict[str, Any]:
         made = make_quantized(
             source,
             self._directory,
@@ -214,8 +264,9 @@ class _Staged:
             options=self._quantization,
             calibration=inputs.pictures,
             calibration_texts=inputs.texts,
-            cache=place.with_name(f".{place.name}.calibration"),
-            report=place.with_name(f"{place.name}.{precision}.report.json"),
+            cache=self._calibrations,
+            times=times,
+            report=self._failure_report(precision),
             progress=self._progress,
         )
         self.variants[precision], self._contracts[precision] = made.graphs, made.contract

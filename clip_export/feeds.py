@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from clip_export.inputs import find_images, read_lines
 from clip_export.pairs import find_pairs, group, hold_out, spread
 from clip_export.prompts import prompts
 from clip_export.runtime import front
-from clip_export.spec import Tower
+from clip_export.spec import Tower, to_dict
 
 Feeds: TypeAlias = dict[str, np.ndarray]
 
@@ -125,7 +126,11 @@ class Samples:
         return [self.known[item] for item in self.items]
 
     def digests(self, *, held_out: bool = False) -> Iterator[bytes]:
-        """What stands for the data that is calibrated on, or held out: the sha256 of each picture file, or text."""
+        """What stands for what the graph is fed of the data that is calibrated on, or held out.
+
+        First how inputs are made ready, then the sha256 of each picture file, or text.
+        """
+        yield self._front_digest()
         identified = zip(self.items, self.identities(), strict=True)
         for item, identity in compress(identified, self.held_out == held_out):
             yield hashlib.sha256(item.encode("utf-8")).digest() if isinstance(item, str) else identity
@@ -133,6 +138,15 @@ class Samples:
     def different(self, *, held_out: bool) -> int:
         """How many different inputs are calibrated on, or held out."""
         return len(set(compress(self.identities(), self.held_out == held_out)))
+
+    def _front_digest(self) -> bytes:
+        """Stands for the tokenizer or the preprocessing: the same graph may be fed other ids or pixels by another."""
+        spec = self.bundle.spec
+        front = spec.tokenizer if self.tower == "text" else spec.preprocess
+        assert front is not None
+        rules = json.dumps(to_dict(front), sort_keys=True).encode()
+        vocabulary = self.bundle.tokenizer_json() if self.tower == "text" else ""
+        return hashlib.sha256(rules + vocabulary.encode()).digest()
 
     def _feeds(self, items: Sequence[Path | str]) -> Iterator[Feeds]:
         if self.tower == "text":
@@ -150,6 +164,17 @@ class Data:
 
     towers: Mapping[Tower, Samples]
     paired: bool
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands for all of it, in hex: what is calibrated on and what is held out, of both towers, in their order."""
+        digest = hashlib.sha256()
+        for samples in self.towers.values():
+            for held_out in (False, True):
+                for item in samples.digests(held_out=held_out):
+                    digest.update(item)
+                digest.update(b"|")
+        return digest.hexdigest()
 
     def held_out(self, tower: Tower) -> list[bytes]:
         """What duplicates are told by, of each held-out item of `tower`: equal for the same picture, or text."""
@@ -179,6 +204,25 @@ def gather(bundle: Bundle, pictures: Sequence[Path], texts: Path | None) -> Data
     if "text" in bundle.spec.towers:
         towers["text"] = _text_samples(bundle, texts, () if pairs is None else pairs.captions)
     return _parted(towers, paired=pairs is not None and texts is None and len(towers) == 2)
+
+
+def check_varied(data: Data) -> None:
+    """Raise InputError where every picture that is held out is of one colour: no range of real ones is found on such.
+
+    They are a quarter, taken by no rule that would prefer dull ones.
+    """
+    images = data.towers.get("image")
+    if images is None:
+        return
+    count = 0
+    for batch in images.judges:
+        count += len(batch["pixels"])
+        if any((pixels != pixels[:, :1, :1]).any() for pixels in batch["pixels"]):
+            return
+    raise InputError(
+        f"all of the {count} calibration pictures that are held out are of one colour each",
+        hint="calibrate on pictures like those that will be encoded",
+    )
 
 
 def _text_samples(bundle: Bundle, path: Path | None, captions: Sequence[str]) -> Samples:

@@ -25,17 +25,25 @@ _MAX_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionMap:
-    """`towers` is tower -> name of a linear layer -> int8, fp8 or fp16; `method` found the ranges."""
+    """`towers` is tower -> name of a linear layer -> int8, fp8 or fp16; `method` found the ranges.
+
+    `attention` says whether the products inside attention are quantized too, `half_cosine` what the fp16 graph below
+    was required to keep before anything was quantized: both change the graphs. None where that is not known.
+    """
 
     precision: str
     method: str
     towers: dict[Tower, dict[str, str]]
+    attention: bool = False
+    half_cosine: float | None = None
 
     def __post_init__(self) -> None:
         for tower, linears in self.towers.items():
             for name, format_ in linears.items():
                 if format_ not in _FORMATS:
                     raise SpecError(f"towers.{tower}.{name}: expected one of {', '.join(_FORMATS)}, found {format_!r}")
+        if self.half_cosine is not None and not 0 < self.half_cosine <= 1:
+            raise SpecError(f"half_cosine: expected a number above 0 and up to 1, found {self.half_cosine!r}")
 
     def save(self, path: Path) -> None:
         """Write it as JSON; equal maps give equal bytes."""

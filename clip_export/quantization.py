@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 
 from clip_export.errors import InputError
@@ -49,6 +52,17 @@ class Quantization:
             )
         if self.max_recall_drop is not None and not 0 <= self.max_recall_drop <= 100:
             raise InputError(f"expected a recall drop in points, 0 to 100, found {self.max_recall_drop}")
+
+    @property
+    def attention(self) -> bool:
+        """Whether the products inside attention are quantized: it was asked for, or the map says so."""
+        return self.quantize_attention or (self.precision_map is not None and self.precision_map.attention)
+
+    @property
+    def digest(self) -> str:
+        """Stands for all that was asked for but `allow_slower`, which is about plans; in hex."""
+        asked = {**dataclasses.asdict(self), "method": self.ranges_by, "allow_slower": None}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     @property
     def ranges_by(self) -> str:

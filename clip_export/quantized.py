@@ -1,6 +1,6 @@
 """Precisions of 8 bits: calibrated, quantized, held to a contract, and reported layer by layer.
 
-int8 and fp8 quantize every linear layer of the blocks; auto searches the largest part of them that keeps the contract;
+int8 and fp8 quantize every linear layer of the blocks; auto searches how many of them keep the contract;
 a precision map says which. The rest is fp16, as in `fp16` graphs. What misses its contract is not published: the report
 is kept and names the worst layers.
 """
@@ -22,9 +22,10 @@ import numpy as np
 from clip_export.bundle import Bundle, Graph
 from clip_export.choice import CPU_INT8, FP32
 from clip_export.errors import ContractError, InputError
-from clip_export.feeds import Data, gather
+from clip_export.feeds import Data, check_varied, gather
 from clip_export.judging import SEARCHED_WITH, Judge, Outputs, Reference, recall_drop, run_graph
-from clip_export.manifest import Contract
+from clip_export.layer_speed import LayerTime, LayerTimes
+from clip_export.manifest import GOLDEN, Contract
 from clip_export.output_file import staged_file, writing
 from clip_export.precision.cpu import quantize_for_cpu
 from clip_export.precision.formats import FormatName, find_format
@@ -39,13 +40,21 @@ from clip_export.quantized_report import (
     worst_by_error,
     worst_by_score,
 )
-from clip_export.quantized_tower import Prepared, Quantizer, layer_names, prepare_tower, run_simulated, to_half
+from clip_export.quantized_tower import (
+    HALF_PART,
+    Prepared,
+    Quantizer,
+    layer_names,
+    prepare_tower,
+    run_simulated,
+    to_half,
+)
 from clip_export.retrieval import Recall, recall_at
 from clip_export.spec import Tower
 from clip_export.verification import CONTRACTS
 
 # Part of every key of a search: one more where the same options would give other scores.
-_SEARCH_VERSION = 2
+_SEARCH_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,20 +76,24 @@ def make_quantized(
     calibration_texts: Path | None,
     cache: Path,
     report: Path,
+    times: LayerTimes | None,
     progress: Progress,
 ) -> Made:
     """Write the `precision` graphs of `bundle` and its precision map into `staging`.
 
-    Calibrations and unfinished searches are kept in the directory `cache`. Raises InputError without calibration data
-    or where a contract asks for pairs that are not there; ContractError for what misses the contract and is not allowed
-    to, with the file `report` written.
+    Calibrations and unfinished searches are kept in the directory `cache`. A search goes by what layers take by
+    `times`, or by FLOPs without. Raises InputError without calibration data or where a contract asks for pairs that are
+    not there; ContractError for what misses the contract and is not allowed to, with the file `report` written.
     """
     data = gather(bundle, calibration, calibration_texts)
     if options.precision_map is not None:
         check_towers(options.precision_map, data.towers, precision, QUANTIZED.get(precision, "int8"))
     if options.max_recall_drop is not None and not data.paired:
-        hint = "--calibration DIRECTORY with captions.csv or captions.jsonl in it"
-        raise InputError("a recall drop is measured on pairs of pictures and captions, and there are none", hint=hint)
+        raise InputError(
+            "a recall drop is measured on pairs of pictures and captions, and there are none",
+            hint="one --calibration DIRECTORY with captions.csv or captions.jsonl in it, and no --calibration-texts",
+        )
+    check_varied(data)
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=staging) as work:
         maker = _Maker(
             bundle=bundle,
@@ -91,9 +104,15 @@ def make_quantized(
             work=Path(work),
             cache=cache,
             report_path=report,
+            times=times,
             progress=progress,
         )
         return maker.make(staging)
+
+
+def made_from(data: Data, options: Quantization) -> str:
+    """Stands for all that a precision of a bundle is made from besides the bundle, in hex; it is in the report."""
+    return hashlib.sha256(f"{data.digest} {options.digest}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +127,7 @@ class _Maker:
     work: Path
     cache: Path
     report_path: Path
+    times: LayerTimes | None
     progress: Progress
 
     @property
@@ -130,6 +150,7 @@ class _Maker:
         report: dict[str, Any] = {
             "contract": {"min_cosine": self.min_cosine, "max_recall_drop": self.options.max_recall_drop},
             "missed": missed,
+            "made_from": made_from(self.data, self.options),
             "method": self.options.ranges_by,
             "towers": {
                 tower: made.report | {"score": dataclasses.asdict(scores[tower])} for tower, made in towers.items()
@@ -140,9 +161,14 @@ class _Maker:
             raise self._error(["no layer is left to quantize", *missed], towers, report)
         if missed and not self.options.allow_below_contract:
             raise self._error(missed, towers, report)
-        self.report_path.unlink(missing_ok=True)  # of an earlier attempt, and no longer true
         formats = {tower: made.formats for tower, made in towers.items()}
-        precision_map = PrecisionMap(precision=self.precision, method=self.options.ranges_by, towers=formats)
+        precision_map = PrecisionMap(
+            precision=self.precision,
+            method=self.options.ranges_by,
+            towers=formats,
+            attention=self.options.attention,
+            half_cosine=self._half_cosine(),
+        )
         precision_map.save(staging / f"{self.precision}.map.json")
         return Made(
             graphs={tower: self._graph(tower) for tower in towers},
@@ -163,12 +189,12 @@ class _Maker:
             prepared,
             samples,
             self.work / f"{tower}.half.onnx",
-            min_cosine=self.min_cosine,
+            required=self._half_cosine(),
             everything=self.precision.endswith("all"),
             progress=self.progress,
         )
         judge = self._judge(tower, reference, made)
-        quantizer = Quantizer(prepared, half, attention=self.options.quantize_attention)
+        quantizer = Quantizer(prepared, half, attention=self.options.attention)
         try:
             self._check_map(tower, dict.fromkeys(quantizer.costs) | quantizer.high)
             found = self._found(tower, quantizer, self._judge(tower, reference.spread(SEARCHED_WITH), made), judge)
@@ -185,9 +211,17 @@ class _Maker:
             formats=layer_formats(prepared, found.mix),
             outputs=outputs,
             found=found,
-            report=tower_report(samples, prepared, found, quantizer.high) | {"half": half.report.to_dict()},
+            report=tower_report(samples, prepared, found, quantizer.high)
+            | {"half": half.report.to_dict(), "attention": quantizer.attention, "cost": self._cost()},
             worst=() if kept else worst_by_score(found),
         )
+
+    def _half_cosine(self) -> float:
+        """What the fp16 graph has to keep before anything is quantized: as for the map, or most of what is asked."""
+        given = self.options.precision_map
+        if given is not None and given.half_cosine is not None:
+            return given.half_cosine
+        return 1 - HALF_PART * (1 - self.min_cosine)
 
     def _prepared(self, tower: Tower) -> Prepared:
         given = self.options.precision_map
@@ -219,10 +253,11 @@ class _Maker:
     def _found(self, tower: Tower, quantizer: Quantizer, sample: Judge, judge: Judge) -> Found:
         """The mix of a tower: searched on a `sample` and confirmed by `judge`, or all that the format or map says."""
         if self.precision in SEARCHED and self.options.precision_map is None:
-            key = self._search_key(tower, quantizer)
+            costs = self._costs(quantizer)
+            key = self._search_key(tower, quantizer, costs)
             path = self.cache / f"{tower}-{key[:16]}"
             found = search(
-                quantizer.costs,
+                costs,
                 _scoring(quantizer, sample),
                 self._keeps,
                 confirm=_remembered(_scoring(quantizer, judge), Journal(path.with_suffix(".confirmed.jsonl"), key)),
@@ -233,6 +268,25 @@ class _Maker:
         mix = self._quantized(tower, quantizer.costs)
         unknown = Score(cosine=math.nan, mean_cosine=math.nan, agreement=math.nan)
         return Found(mix=mix, score=unknown, high=(), sensitivity={}, evaluations=1, share=quantizer.share(mix))
+
+    def _costs(self, quantizer: Quantizer) -> dict[str, float]:
+        """What quantizing each layer saves: seconds where they are measured, and then no layer that saves none."""
+        if self.times is None:
+            return dict(quantizer.costs)
+        measured: dict[str, LayerTime] = {}
+        for name, shape in quantizer.shapes(self.times.batch).items():
+            self.progress(f"time {name} on {self.times.where}", len(measured), len(quantizer.costs))
+            measured[name] = self.times(shape)
+        quantizer.leave(
+            {name: f"8 bits are no faster than half here: {time}" for name, time in measured.items() if not time.pays}
+        )
+        return {name: time.saved for name, time in measured.items() if time.pays}
+
+    def _cost(self) -> dict[str, Any]:
+        """What a search goes by, JSON-ready."""
+        if self.times is None:
+            return {"unit": "flops"}
+        return {"unit": "seconds", "on": self.times.where, "batch": self.times.batch}
 
     def _blamed(self, tower: Tower, quantizer: Quantizer, judge: Judge, found: Found) -> Found:
         """`found` with the score of each layer of its mix alone, over all inputs: the report says who is to blame."""
@@ -312,7 +366,7 @@ class _Maker:
             found = "is not known" if pairs is None else f"is {pairs['recall_drop']:.2f} points"
             yield f"the drop of R@1 {found}, allowed are {most:.7g} points"
 
-    def _search_key(self, tower: Tower, quantizer: Quantizer) -> str:
+    def _search_key(self, tower: Tower, quantizer: Quantizer, costs: Mapping[str, float]) -> str:
         """Stands for all that the scores of a search depend on."""
         parts = [
             _SEARCH_VERSION,
@@ -322,12 +376,14 @@ class _Maker:
             self.options.max_recall_drop,
             tower,
             *(self.bundle.graph_sha256(name) for name in self.data.towers),
+            self.bundle.manifest.files[GOLDEN].sha256,
             quantizer.digest,
+            list(costs.items()),
             self.data.paired,
             [digest.hex() for samples in self.data.towers.values() for digest in samples.digests(held_out=True)],
             # The second tower's R@1 is measured beside the first one as that was made.
             [digest.hex() for samples in self.data.towers.values() for digest in samples.digests()],
-            [self.options.ranges_by, self.options.quantize_attention],
+            [self.options.ranges_by, self.options.attention],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -347,7 +403,10 @@ class _Maker:
                 cosine = made.found.unquantized.cosine
                 blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine:.7f}"
         searched = self.precision in (*SEARCHED, CPU_INT8)
-        instead = "ask for less with --min-cosine" if searched else "--precision auto leaves the worst layers in fp16"
+        search_instead = "autofp8" if QUANTIZED.get(self.precision) == "fp8" else "auto"
+        instead = f"--precision {search_instead} leaves the worst layers in fp16"
+        if searched or self.options.precision_map is not None:
+            instead = "ask for less with --min-cosine"
         hint = f"{instead}; more --calibration inputs may help; --allow-below-contract publishes it marked as such"
         if not any(made.found.mix for made in towers.values()):
             hint = (

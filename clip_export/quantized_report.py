@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clip_export.choice import FP32
 from clip_export.feeds import Samples
 from clip_export.judging import Outputs
+from clip_export.precision.quantize import NEEDS_FP32
 from clip_export.precision.search import Found
 from clip_export.precision_map import HIGH
 from clip_export.quantized_tower import Prepared
@@ -56,12 +58,14 @@ def tower_report(
 ) -> dict[str, Any]:
     """JSON-ready: the share of FLOPs, and of each layer how it is held, what that costs, and why it stayed high.
 
-    `rest` is the precision of what is not quantized.
+    `rest` is the precision of what is not quantized, but for what half precision could not hold either.
     """
     formats, high = layer_formats(prepared, found.mix), {item.linear: item.why for item in found.high} | dict(refused)
+    rests = {name: FP32 for name, why in refused.items() if why == NEEDS_FP32}
     layers = {}
     for name, format_ in formats.items():
-        layer: dict[str, Any] = {"format": rest if format_ == HIGH else format_, "flops": prepared.costs[name]}
+        held = rests.get(name, rest) if format_ == HIGH else format_
+        layer: dict[str, Any] = {"format": held, "flops": prepared.costs[name]}
         layer["share"] = prepared.costs[name] / prepared.total
         if name in prepared.treatments:
             treatment = prepared.treatments[name]

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 from clip_export.errors import InputError
 from clip_export.feeds import Feeds, Samples, golden_feeds
 from clip_export.judging import Outputs, run_graph
+from clip_export.layer_speed import LayerShape
+from clip_export.precision._held import half_type, is_half, scale_misfit
 from clip_export.precision.calibrate import Calibration, cached, calibrate, calibration_key
 from clip_export.precision.fits import HALF_TYPES
 from clip_export.precision.formats import FORMATS, FormatName
 from clip_export.precision.half import HalfReport
 from clip_export.precision.linears import Linear, find_linears, find_weights
-from clip_export.precision.quantize import Quantized, QuantizedAttention, needs_wide, quantize, refusals
+from clip_export.precision.quantize import NEEDS_FP32, Quantized, QuantizedAttention, needs_wide, quantize, refusals
 from clip_export.precision.ranges import Ranges, measure, merged
 from clip_export.precision.refine import refine
 from clip_export.precision.simulate import simulate
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 ROWS = 512  # of each layer's input that are kept: scales and smoothing are searched on them
 # Of what a contract lets a cosine lose, the part that half precision may take before anything is quantized.
 HALF_PART = 0.1
-# Inputs that the smoothed graph is measured on again, of those that it was calibrated on.
-MEASURED = 256
 
 
 def layer_names(samples: Samples) -> list[str]:
@@ -147,11 +147,14 @@ class Half:
 
 
 def to_half(
-    prepared: Prepared, samples: Samples, target: Path, *, min_cosine: float, everything: bool, progress: Progress
+    prepared: Prepared, samples: Samples, target: Path, *, required: float, everything: bool, progress: Progress
 ) -> Half:
-    """The smoothed graph in fp16 at `target`, with as much in fp32 as it takes for next to nothing to be lost yet."""
+    """The smoothed graph in fp16 at `target`; as much stays fp32 as the `required` min cosine of golden samples takes.
+
+    Ranges are measured anew: smoothing has moved them, and what overflows in one input does so in the engine.
+    """
     golden = list(golden_feeds(samples.bundle, samples.tower))
-    calibrated = measure(prepared.smoothed, samples.calibration(MEASURED), progress=progress)
+    calibrated = measure(prepared.smoothed, samples.calibration(), progress=progress)
     ranges = merged(calibrated, measure(prepared.smoothed, golden, progress=progress))
     report = refine(
         prepared.smoothed,
@@ -159,7 +162,7 @@ def to_half(
         precision="fp16",
         ranges=ranges,
         feeds=golden,
-        required=1 - HALF_PART * (1 - min_cosine),
+        required=required,
         keep=() if everything else KEPT_FP32,
         everything=everything,
         progress=progress,
@@ -177,8 +180,8 @@ def run_simulated(graph: Path, feeds: Sequence[Feeds], work: Path) -> Outputs:
 class Quantizer:
     """A half graph whose layers can be quantized in any mix, run on the CPU as a GPU would, and written.
 
-    With `attention` the products inside attention are quantized in every mix. `costs` are those of the layers that can
-    be; `high` says of each other one why it cannot.
+    With `attention` the products inside attention are quantized in every mix, where they can be. `costs` are those of
+    the layers that can be; `high` says of each other one, and `attention_high` of each attention, why it cannot.
     """
 
     def __init__(self, prepared: Prepared, half: Half, *, attention: bool = False) -> None:
@@ -195,13 +198,15 @@ class Quantizer:
         self._mix = {name: quantized for name, quantized in all_.items() if name not in self.high}
         self.costs = {name: cost for name, cost in prepared.costs.items() if name in self._mix}
         switches = half.path.with_name(f"{half.path.stem}.switches.onnx")
+        self.attention_high: dict[str, str] = {}
         self._attention = self._quantized_attention(graph) if attention else {}
         switchable(half.path, switches, self._mix, attention=self._attention)
         self._switched = Switched(switches)
 
     def _quantized(self, graph: ir.Graph, linear: Linear, found: Treatment) -> Quantized:
         largest = self._half.ranges.of(linear.name)  # a MatMul's output has its name
-        wide = needs_wide(find_weights(graph, linear), largest, FORMATS[found.format], HALF_TYPES["fp16"])
+        weights = find_weights(graph, linear)
+        wide = needs_wide(weights, found.scale, largest, FORMATS[found.format], HALF_TYPES["fp16"])
         return Quantized(format=found.format, scale=found.scale, wide=wide)
 
     def run(self, feeds: Sequence[Feeds], mix: Collection[str]) -> Outputs:
@@ -222,15 +227,37 @@ class Quantizer:
         format_ = FORMATS[formats.pop()]
         found = {}
         for node in graph:
-            if node.op_type == "Attention":
-                operands = [self._half.calibrated.largest(str(value.name)) for value in node.inputs[:3] if value]
-                query, key, value = (largest / format_.largest for largest in operands)
-                found[str(node.name)] = QuantizedAttention(format=format_.name, query=query, key=key, value=value)
+            if node.op_type != "Attention":
+                continue
+            name, query = str(node.name), node.inputs[0]
+            scales = [self._largest(value) / format_.largest for value in node.inputs[:3]]
+            reason: str | None = NEEDS_FP32
+            if is_half(query):
+                misfits = [scale_misfit(scale, format_, half_type(query)) for scale in scales]
+                reason = next(filter(None, misfits), None)
+            if reason is None:
+                query_scale, key, value = scales
+                found[name] = QuantizedAttention(format=format_.name, query=query_scale, key=key, value=value)
+            else:
+                self.attention_high[name] = reason
         return found
+
+    def _largest(self, value: ir.Value | None) -> float:
+        """The largest absolute value of an operand; where a cast made it half, of what was cast."""
+        assert value is not None
+        maker = value.producer()
+        measured = maker.inputs[0] if maker is not None and maker.op_type == "Cast" else value
+        assert measured is not None
+        return self._half.calibrated.largest(str(measured.name))
 
     def share(self, mix: Collection[str]) -> float:
         """As that of Prepared."""
         return self._prepared.share(mix)
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """What became of each attention that was to be quantized: its format, or why it stayed high."""
+        return {name: found.format for name, found in self._attention.items()} | self.attention_high
 
     @property
     def digest(self) -> str:
@@ -239,6 +266,25 @@ class Quantizer:
         parts = [_sha256(file) for file in sorted(path.parent.glob(f"{path.name}*"))]
         parts += [f"{name} {quantized}" for name, quantized in (self._mix | self._attention).items()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def shapes(self, batch: int) -> dict[str, LayerShape]:
+        """What each layer that can be quantized multiplies for `batch` inputs of the mean length of the calibration."""
+        found = {}
+        for linear in self._prepared.linears:
+            if linear.name in self._mix:
+                rows = self.costs[linear.name] / (2 * linear.inputs * linear.outputs)  # an input
+                found[linear.name] = LayerShape(
+                    rows=max(1, round(rows * batch)),
+                    inputs=linear.inputs,
+                    outputs=linear.outputs,
+                    format=self._prepared.treatments[linear.name].format,
+                )
+        return found
+
+    def leave(self, reasons: Mapping[str, str]) -> None:
+        """Keep the layers of `reasons` high, for the reasons that it gives."""
+        self.high |= reasons
+        self.costs = {name: cost for name, cost in self.costs.items() if name not in reasons}
 
     def close(self) -> None:
         """Let the engine go."""

@@ -89,3 +89,11 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundles") / "demo"
     clip_export.build("demo", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image tower alone of the embedded demo. Shared by all tests: copy it before changing it."""
+    path = tmp_path_factory.mktemp("bundles") / "image"
+    clip_export.build("demo", path, towers=("image",))
+    return path

@@ -38,6 +38,14 @@ def open_clip() -> ModuleType:
     return open_clip
 
 
+def open_clip_train() -> ModuleType:
+    """The training loop that comes with open_clip."""
+    _torchvision_library()
+    import open_clip_train.train
+
+    return open_clip_train.train
+
+
 def openai_clip() -> ModuleType:
     """OpenAI's clip package (as packaged in clip-anytorch)."""
     _torchvision_library()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import io
+import random
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import scenes
 import skimage.data
 import sklearn.datasets
 from PIL import Image
@@ -132,3 +134,10 @@ def write_files(directory: Path) -> dict[str, Path]:
     for name, path in paths.items():
         path.write_bytes(contents[name])
     return paths | {"animation.gif": ANIMATION, "two-pages.tif": MULTIPAGE}
+
+
+def draw_held_out(folder: Path, count: int, *, seed: str) -> None:
+    """Write `count` scenes that the demo never saw into `folder`, 00.png and on, 64 x 64 pixels."""
+    pool = [scene for scene in scenes.all_scenes() if scenes.is_held_out(scene)]
+    for number, scene in enumerate(random.Random(seed).sample(pool, count)):
+        scenes.render(scene, number, 64, oversample=1).save(folder / f"{number:02}.png")

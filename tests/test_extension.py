@@ -343,7 +343,7 @@ def test_what_a_compiler_warns_of_is_said(bundle: Path, monkeypatch: pytest.Monk
             InputError,
             "no hardware compatibility to ask for",
         ),
-        ({"precision": "fp32", "calibration": ["a.jpg"]}, InputError, "nothing is to be measured"),
+        ({"precision": "fp32", "calibration": ["a.jpg"]}, InputError, "would have to be made anew"),
         ({"calibration_texts": "nowhere.txt"}, InputError, r"nowhere\.txt cannot be read: No such file"),
     ],
 )

@@ -7,7 +7,6 @@ that no test depends on what else this machine does.
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from scenes import all_scenes, is_held_out, render
+from pictures import draw_held_out
 
 import clip_export
 from clip_export import paying
@@ -33,16 +32,8 @@ FAST = Quantization(method="minmax")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    rng = random.Random("tests/test_paying.py")
-    scenes = rng.sample([scene for scene in all_scenes() if is_held_out(scene)], 24)
-    for number, scene in enumerate(scenes):
-        render(scene, number, 64, oversample=1).save(folder / f"{number:02}.png")
+    draw_held_out(folder, 24, seed="tests/test_paying.py")
     return folder
-
-
-@pytest.fixture(scope="module")
-def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clip_export.build("demo", tmp_path_factory.mktemp("image") / "bundle", towers=("image",)).path
 
 
 @pytest.fixture

@@ -48,7 +48,9 @@ def test_a_map_is_read_as_it_was_written(file: Path) -> None:
     found = read_map(file)
     assert found == MAP
     assert list(found.towers) == list(MAP.towers)  # in the order of the graph, for people
-    assert json.loads(file.read_text()) == PLAIN
+    assert json.loads(file.read_text()) == PLAIN | {"attention": False, "half_cosine": None}
+    file.write_text(json.dumps(PLAIN))  # as it was written before those two were known
+    assert read_map(file) == MAP
 
 
 @given(
@@ -98,7 +100,7 @@ def test_bytes_that_are_no_json(file: Path, data: bytes) -> None:
     [
         ([], r"expected an object, found list"),
         ({}, r"missing key method, precision, towers"),
-        (PLAIN | {"speed": 11}, r"unknown key speed \(known: precision, method, towers\)"),
+        (PLAIN | {"speed": 11}, r"unknown key speed \(known: precision, method, towers, attention, half_cosine\)"),
         (PLAIN | {"precision": 8}, r"precision: expected str, found 8"),
         (PLAIN | {"towers": ["image"]}, r"towers: expected an object, found list"),
         (PLAIN | {"towers": {"sound": {}}}, r"'sound' is not one of text, image"),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_HARDLY = 0.1  # the share of FLOPs below which 8 bits are a name only
 _MOST = 12  # layers that are listed of each tower; the report has them all
 
 
@@ -15,6 +16,10 @@ def lines(precision: str, report: Mapping[str, Any]) -> Iterator[str]:
     for tower, found in report["towers"].items():
         yield f"  {precision} {tower}: {_share(found)}; {_cosine(found, contract)}"
         yield from _high(found["layers"])
+        for name, became in found.get("attention", {}).items():
+            yield f"    {name}: {became}"
+        if found["share"] < _HARDLY:
+            yield f"    hardly anything of the {tower} tower is in 8 bits: fp16 would serve as well"
     if report["pairs"] is not None:
         yield f"  {precision} R@1: {_recall(report['pairs'], contract)}"
     for missed in report["missed"]:
@@ -23,8 +28,12 @@ def lines(precision: str, report: Mapping[str, Any]) -> Iterator[str]:
 
 def _share(found: Mapping[str, Any]) -> str:
     formats = sorted({layer["format"] for layer in found["layers"].values() if "why" not in layer})
-    share = math.floor(1000 * found["share"] + 1e-9) / 10  # never 100 % of less than all
-    return f"{share:.1f} % of the FLOPs of linear layers in {' and '.join(formats) or '8 bits'}"
+    return f"{percent(found['share'])} of the FLOPs of linear layers in {' and '.join(formats) or '8 bits'}"
+
+
+def percent(share: float) -> str:
+    """Rounded down: less than all is never 100 %."""
+    return f"{math.floor(1000 * share + 1e-9) / 10:.1f} %"
 
 
 def _cosine(found: Mapping[str, Any], contract: Mapping[str, Any]) -> str:

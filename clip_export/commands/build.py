@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -282,19 +282,44 @@ def _make(recipe: Recipe, *, force: bool) -> None:
     new = [plan for plan in bundle.manifest.plans if bundle.plan_path(plan).stat().st_mtime >= start_time]
     if recipe.engine is not None and not new:
         say("the plans were there already; --force builds them again")
-    say(f"built {' and '.join(bundle.manifest.spec.towers)} in {time.perf_counter() - started:.1f} s, {total}")
-    for precision in bundle.manifest.contracts:
-        if all(path.stat().st_mtime >= start_time for path in _graphs(bundle, precision)):
-            for line in _eight_bits.lines(precision, bundle.report()["precisions"][precision]):
-                say(line)
+    made = [precision for precision in bundle.manifest.variants if _is_new(bundle, precision, start_time)]
+    took = f"{time.perf_counter() - started:.1f} s"
+    towers = " and ".join(bundle.manifest.spec.towers)
+    if "fp32" in made:
+        say(f"built {towers} in {took}, {total}")
+    elif made or new:
+        added = [f"{', '.join(made)} graphs of {towers}"] * bool(made) + [_count(new)] * bool(new)
+        say(f"added {' and '.join(added)} in {took}; the bundle has {total}")
+    elif recipe.engine is None:
+        say("the graphs were there already; --force makes them again")
+    for line in _exactness(bundle, made):
+        say(line)
     for plan in new:
         say(_plan_line(bundle, plan))
     say(f"next: clip-export verify {shlex.quote(place)}")
     typer.echo(place)
 
 
-def _graphs(bundle: Bundle, precision: str) -> list[Path]:
-    return [bundle.path / graph.file for graph in bundle.manifest.variants[precision].values()]
+def _exactness(bundle: Bundle, made: Sequence[str]) -> Iterator[str]:
+    """How close the precisions that were made are to fp32, and what of 8-bit ones is in 8 bits."""
+    for precision, report in bundle.report().get("precisions", {}).items():
+        if precision not in made:
+            continue
+        if precision in bundle.manifest.contracts:
+            yield from _eight_bits.lines(precision, report)
+            continue
+        for row in report["agreement"]:
+            cosines = f"min cosine {row['min_cosine']:.7f}, required {row['required_cosine']:.7g}"
+            yield f"  {precision} {row['tower']} {row['output']}: {cosines} over {row['samples']} golden samples"
+
+
+def _is_new(bundle: Bundle, precision: str, start_time: float) -> bool:
+    graphs = bundle.manifest.variants[precision].values()
+    return all((bundle.path / graph.file).stat().st_mtime >= start_time for graph in graphs)
+
+
+def _count(plans: Sequence[Plan]) -> str:
+    return "a plan" if len(plans) == 1 else f"{len(plans)} plans"
 
 
 def _plan_line(bundle: Bundle, plan: Plan) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clip_export.commands._eight_bits import percent
 from clip_export.commands._output import print_columns, print_json, size_text
 from clip_export.spec import ModelSpec, PreprocessSpec, TokenizerSpec, TransformerSpec, to_dict
 
@@ -36,6 +37,8 @@ def inspect(
     typer.echo(f"{opened.manifest.name}, bundle schema {opened.manifest.schema_version}")
     _section("towers", _spec_rows(opened.manifest.spec))
     _section("graphs", _graph_rows(opened))
+    if opened.manifest.contracts:
+        _section("8 bits", _eight_bit_rows(opened))
     if opened.manifest.plans:
         _section("plans", _plan_rows(opened))
     _section("built from", _provenance_rows(opened))
@@ -113,6 +116,18 @@ def _graph_rows(bundle: Bundle) -> list[tuple[str, ...]]:
             size = sum(entry.size for name, entry in bundle.manifest.files.items() if name.startswith(graph.file))
             names = (", ".join(graph.inputs), ", ".join(graph.outputs))
             rows.append((precision, tower, graph.file, size_text(size), str(graph.opset), *names))
+    return list(rows)
+
+
+def _eight_bit_rows(bundle: Bundle) -> list[tuple[str, ...]]:
+    """How much of each precision is in 8 bits, and how exact that was when it was built."""
+    rows = [("precision", "tower", "of linear FLOPs", "min cosine", "required", "calibrated on", "")]
+    reports = bundle.report().get("precisions", {})
+    for precision, contract in bundle.manifest.contracts.items():
+        verdict = "" if contract.kept else "BELOW ITS CONTRACT"
+        for tower, found in reports.get(precision, {}).get("towers", {}).items():
+            measured = (percent(found["share"]), f"{found['score']['cosine']:.7f}", f"{contract.min_cosine:.7g}")
+            rows.append((precision, tower, *measured, found["calibrated_on"], verdict))
     return list(rows)
 
 

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+def hold_scale(scale: float, half: HalfType, *, wide: bool = False) -> np.ndarray:
+    """The scale of an activation as a graph has it, []: in half, or in fp32 where it is `wide`; rounded once."""
+    exact = np.array(scale, np.float64)
+    return exact.astype(np.float32) if wide else half.round(exact)
+
+
 def scale_misfit(scale: float, format_: Format, half: HalfType, *, wide: bool = False) -> str | None:
     """Why `half` cannot hold the scale of an activation, None where it can. A `wide` scale is fp32.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clip_export.precision._held import format_type, half_type
+from clip_export.precision._held import format_type, half_type, hold_scale
 from clip_export.precision._nodes import constant, make_node
 from clip_export.precision.formats import Format, FormatName
 
@@ -31,7 +31,7 @@ class Pairs:
         before_it = sum(made[0] == value.name for made in self._made)
         name = f"{value.name}" + (f"/{before_it + 1}" if before_it else "")
         kind = format_type(format_)
-        number = np.array(scale, np.float32) if wide else half_type(value).round(np.array(scale))
+        number = hold_scale(scale, half_type(value), wide=wide)
         held = constant(self._graph, f"{name}/scale", number, ir.DataType.FLOAT if wide else value.dtype)
         zero = constant(self._graph, f"{format_.name}/zero_point", np.zeros((), kind.numpy()), kind)
         down = make_node(

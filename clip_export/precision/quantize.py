@@ -109,11 +109,18 @@ def chosen(graph: ir.Graph, mix: Mapping[str, Quantized]) -> list[Linear]:
     return [linear for linear in quantizable(graph) if linear.name in mix]
 
 
-def needs_wide(weights: np.ndarray, largest: np.ndarray, format_: Format, half: HalfType) -> bool:
-    """Whether a product with `weights` [in, out] needs fp32 scales: its outputs, over those of the weights, leave half.
+NEEDS_FP32 = "is more than half precision can hold"
 
-    `largest` [out] are the largest absolute outputs that were measured; real ones may be HEADROOM times as large.
+
+def needs_wide(weights: np.ndarray, scale: float, largest: np.ndarray, format_: Format, half: HalfType) -> bool:
+    """Whether a product with `weights` [in, out] needs fp32 scales.
+
+    It does where half cannot hold the `scale` of its activations or those of its weights, and where its outputs, over
+    the scales of the weights, leave half. `largest` [out] are the largest absolute outputs that were measured; real
+    ones may be HEADROOM times as large.
     """
+    if scale_misfit(scale, format_, half) is not None or weights_misfit(weights, format_, half) is not None:
+        return True
     sums = largest / weight_scales(weights, format_, half).astype(np.float32)
     return not float(sums.max(initial=0.0)) <= half.largest / HEADROOM
 
@@ -126,7 +133,7 @@ def refusals(graph: ir.Graph, mix: Mapping[str, Quantized]) -> dict[str, str]:
     for name, quantized in mix.items():
         linear = half_linears.get(name)
         if linear is None:
-            reasons[name] = "runs in fp32 here" if name in known else "is no linear of this graph"
+            reasons[name] = NEEDS_FP32 if name in known else "is no linear of this graph"
             continue
         half = half_type(graph.initializers[linear.weight])
         format_ = find_format(quantized.format)

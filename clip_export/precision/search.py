@@ -28,6 +28,7 @@ Mix: TypeAlias = frozenset[str]
 
 # How many linears are tried again at most, after the binary search: one evaluation each.
 RETRIES = 8
+_ON_ALL = "on all inputs: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +130,10 @@ def search(
     `costs` are the linears in graph order, with what each costs in half (FLOPs; finite and above 0). `evaluate` scores
     the linears of a mix in 8 bits and the rest in half. It is called at most `most_evaluations(len(costs))` times, and
     not for what `journal` remembers. `confirm`, where it is given, scores the mix that was found, on more inputs; where
-    that breaks the contract, another binary search finds how many of the worst have to go. It is called at most
-    `most_confirmations(len(costs))` times. The result depends on the scores alone; equals are taken in graph order.
-    Raises ValueError for a cost that cannot be divided by, and whatever `evaluate` and `confirm` raise.
+    that breaks the contract, what of it keeps it is searched by the same steps, and these scores alone decide. It is
+    called at most `most_evaluations` times for the linears in the mix. The result depends on the scores alone; equals
+    are taken in graph order. Raises ValueError for a cost that cannot be divided by, and whatever `evaluate` and
+    `confirm` raise.
     """
     for name, cost in costs.items():
         if not (math.isfinite(cost) and cost > 0):
@@ -147,11 +149,6 @@ def most_evaluations(count: int) -> int:
     return count + max(count - 1, 0).bit_length() + RETRIES + 2
 
 
-def most_confirmations(count: int) -> int:
-    """The most that `confirm` is called: for the mix, and by a binary search over the layers in it."""
-    return 1 + count.bit_length()
-
-
 @dataclass(slots=True)
 class _Search:
     """One run of `search`: its arguments; the scores so far; those of linears alone, and of what was tried again."""
@@ -165,16 +162,17 @@ class _Search:
     scores: dict[Mix, Score] = field(default_factory=dict)
     sensitivity: dict[str, Score] = field(default_factory=dict)
     beside: dict[str, Score] = field(default_factory=dict)
-    confirmed: dict[Mix, Score] = field(default_factory=dict)
 
     def run(self) -> Found:
+        found = self.found(self.fitting())
+        return found if self.confirm is None else self.confirmed(found, self.confirm)
+
+    def fitting(self) -> Mix:
         mix = frozenset(self.costs)
         self.progress("quantize every layer", 0, 1)
-        if not self.keeps(self.score(mix)):
-            mix = self.retried(self.longest_that_keeps(self.worst_first()))
-        if self.confirm is not None:
-            mix = self.confirmed_part(mix, self.confirm)
-        return self.found(mix)
+        if self.keeps(self.score(mix)):
+            return mix
+        return self.retried(self.longest_that_keeps(self.worst_first()))
 
     def score(self, mix: Mix) -> Score:
         """The score of `mix`: of this run, of the journal, or evaluated now and written down."""
@@ -236,34 +234,35 @@ class _Search:
                 mix = wider
         return mix
 
-    def confirmed_part(self, mix: Mix, confirm: Callable[[Mix], Score]) -> Mix:
-        """`mix`, or as much of it as keeps the contract where `confirm` scores it; nothing where none of it does."""
+    def confirmed(self, found: Found, confirm: Callable[[Mix], Score]) -> Found:
+        """`found`, or as much of it as keeps the contract where `confirm` scores it: searched for all over again.
 
-        def fits(part: Mix) -> bool:
-            self.progress("judge the quantized layers on all inputs", len(self.confirmed), 0)
-            self.confirmed[part] = confirm(part)
-            return self.keeps(self.confirmed[part])
+        What more inputs refuse need not be what looked worst on fewer, so nothing but what they say is gone by.
+        """
+        costs = {name: self.costs[name] for name in found.mix}
+        judged = _Search(costs, confirm, self.keeps, None, None, self.judging)
+        inner = judged.found(judged.fitting())
+        refused = [dataclasses.replace(item, why=f"{_ON_ALL}{item.why}") for item in inner.high]
+        place = {name: number for number, name in enumerate(self.costs)}
+        return dataclasses.replace(
+            inner,
+            high=tuple(sorted([*found.high, *refused], key=lambda item: place[item.linear])),
+            sensitivity={**found.sensitivity, **inner.sensitivity},
+            evaluations=found.evaluations + inner.evaluations,
+            share=found.share * inner.share,
+        )
 
-        if fits(mix):
-            return mix
-        order = [name for name in self.worst_first() if name in mix]
-        few, enough = 0, len(order)
-        while enough - few > 1:
-            middle = (few + enough) // 2
-            if fits(frozenset(order[middle:])):
-                enough = middle
-            else:
-                few = middle
-        return frozenset(order[enough:])
+    def judging(self, what: str, done: int, total: int) -> None:
+        self.progress(f"{_ON_ALL}{what}", done, total)
 
     def found(self, mix: Mix) -> Found:
         total = sum(self.costs.values())
         return Found(
             mix=tuple(name for name in self.costs if name in mix),
-            score=self.confirmed.get(mix) or self.score(mix),
+            score=self.score(mix),
             high=tuple(self.high(mix)),
             sensitivity=self.sensitivity,
-            evaluations=len(self.scores) + len(self.confirmed),
+            evaluations=len(self.scores),
             share=sum(cost for name, cost in self.costs.items() if name in mix) / total if total else 0.0,
         )
 
@@ -271,9 +270,7 @@ class _Search:
         for name, score in self.sensitivity.items():
             if name in mix:
                 continue
-            if name in next(iter(self.confirmed), mix):
-                why = f"with it all inputs together break the contract; alone: {_words(score)}"
-            elif self.breaks_alone(name):
+            if self.breaks_alone(name):
                 why = f"alone it breaks the contract: {_words(score)}"
             elif name in self.beside:
                 why = f"it does not fit beside the others: {_words(self.beside[name])}"
@@ -283,9 +280,13 @@ class _Search:
 
 
 def _words(score: Score) -> str:
-    """For example: cosine 0.99213, agreement 98.4%, R@1 down by 0.40 points."""
-    words = f"cosine {score.cosine:.5f}, agreement {score.agreement:.1%}"
-    return words if score.recall_drop is None else f"{words}, R@1 down by {score.recall_drop:.2f} points"
+    """For example: cosine 0.99213, agreement 98.4%, R@1 down by 0.40 points; what is as it was goes without saying."""
+    words = f"cosine {score.cosine:.5f}"
+    if score.agreement < 1:
+        words += f", agreement {score.agreement:.1%}"
+    if score.recall_drop is not None and score.recall_drop > 0:
+        words += f", R@1 down by {score.recall_drop:.2f} points"
+    return words
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clip_export.errors import InputError
 from clip_export.precision._held import dequantized, format_of, half_type
 from clip_export.precision._nodes import constant, drop_unread, make_node
 from clip_export.precision._operators import MOVES, is_constant
@@ -85,6 +86,7 @@ def rounded_to(graph: ir.Graph, value: ir.Value, scale: ir.Value, format_: Forma
 
 def _write_quantization(graph: ir.Graph, node: ir.Node) -> None:
     """In place of QuantizeLinear, what it computes: the same numbers, in fp32."""
+    _require_no_zero_point(node)
     value, scale = node.inputs[0], node.inputs[1]
     held = node.outputs[0]
     assert value is not None and scale is not None and held.dtype is not None
@@ -92,8 +94,16 @@ def _write_quantization(graph: ir.Graph, node: ir.Node) -> None:
     _replace(graph, node, nodes)
 
 
+def _require_no_zero_point(node: ir.Node) -> None:
+    """Raise InputError for a zero point that is not zero: what is quantized here is symmetric, as TensorRT takes it."""
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero is not None and (zero.const_value is None or zero.const_value.numpy().astype(np.float32).any()):
+        raise InputError(f"expected a zero point of 0 in {node.name}, found another", hint="quantize symmetrically")
+
+
 def _write_dequantization(graph: ir.Graph, node: ir.Node) -> None:
     """In place of DequantizeLinear a product, rounded as all that is in half; of weights, what it makes of them."""
+    _require_no_zero_point(node)
     held, scale, result = node.inputs[0], node.inputs[1], node.outputs[0]
     assert held is not None and scale is not None
     if is_constant(held):

@@ -16,7 +16,7 @@ import numpy as np
 from clip_export import backends
 from clip_export.errors import InputError
 from clip_export.precision._attention import quantize_attention
-from clip_export.precision._held import dequantized, half_type, hold_weights, weight_scales
+from clip_export.precision._held import dequantized, half_type, hold_scale, hold_weights, weight_scales
 from clip_export.precision._nodes import constant, make_node
 from clip_export.precision.fits import HalfType
 from clip_export.precision.formats import find_format
@@ -117,8 +117,8 @@ def _quantized(graph: ir.Graph, product: ir.Node, quantized: Quantized, half: Ha
     name, format_ = f"{product.name}/{quantized.format}", find_format(quantized.format)
     source, weights = product.inputs[0], product.inputs[1]
     assert source is not None and weights is not None and weights.const_value is not None
-    step = np.array(quantized.scale, np.float32)
-    scale = constant(graph, f"{name}/scale", step if quantized.wide else half.round(step).astype(np.float32))
+    step = hold_scale(quantized.scale, half, wide=quantized.wide)
+    scale = constant(graph, f"{name}/scale", step.astype(np.float32))
     held = rounded_to(graph, source, scale, format_, f"{name}/held")
     multiplied = make_node("Mul", [held[-1].outputs[0], scale], f"{name}/multiplied")
     kind = ir.DataType[half.name.upper()]
