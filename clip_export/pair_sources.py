@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -44,11 +44,15 @@ _MAKE = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture, as the bytes of its file, with its captions. `name` is what the source calls it."""
+    """One picture, as the bytes of its file, with its captions. `name` is what the source calls it.
+
+    `label` says what it is of; empty where the source does not.
+    """
 
     name: str
     data: bytes
     captions: tuple[str, ...]
+    label: str = ""
 
     @property
     def picture(self) -> str:
@@ -92,6 +96,7 @@ class FolderPairs:
 
     folder: Path
     captions: dict[Path, tuple[str, ...]]
+    labels: Mapping[Path, str]
 
     @property
     def description(self) -> str:
@@ -104,7 +109,7 @@ class FolderPairs:
                 data = file.read_bytes()
             except OSError as error:
                 raise InputError(f"{file} cannot be read: {error.strerror}", hint="check the file") from error
-            yield Sample(file.relative_to(self.folder).as_posix(), data, captions)
+            yield Sample(file.relative_to(self.folder).as_posix(), data, captions, self.labels.get(file, ""))
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,9 @@ class TarPairs:
 
     def __iter__(self) -> Iterator[Sample]:
         for path in self.paths:
-            for name, data, caption in read_tar(path):
+            for name, data, caption, label in read_tar(path):
                 # Keys are told apart within a shard alone: shards that were made side by side may all begin at 0.
-                yield Sample(name if len(self.paths) == 1 else f"{path.name}: {name}", data, (caption,))
+                yield Sample(name if len(self.paths) == 1 else f"{path.name}: {name}", data, (caption,), label)
 
 
 def open_pairs(source: str | os.PathLike[str], *, skip_errors: bool = False) -> PairSource:
@@ -218,7 +223,7 @@ def _folder_pairs(folder: Path, *, skip_errors: bool) -> FolderPairs:
             f"the first, {_named(left[0], folder)}",
             hint="add them to the captions file, or leave them out: --skip-errors (skip_errors=True)",
         )
-    return FolderPairs(folder, captions)
+    return FolderPairs(folder, captions, pairs.labels)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:

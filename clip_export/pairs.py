@@ -7,7 +7,8 @@ A folder of pairs has one of two files, in UTF-8, one line a pair:
     captions.jsonl    {"file": "cat.jpg", "caption": "a cat on a mat"}
 
 Files are relative to the folder and inside it (a link is followed). A file may have several captions, and several files
-the same.
+the same. A third column, or key, label says what the picture is of in a word or two, for zero-shot accuracy; it is
+empty where that is not known.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ __all__ = ["Pairs", "find_pairs", "group", "hold_out", "spread"]
 
 _CSV, _JSONL = "captions.csv", "captions.jsonl"
 _COLUMNS = ("file", "caption")
+_LABEL = "label"
 _JSON_HINT = 'write one object a line: {"file": "cat.jpg", "caption": "a cat on a mat"}'
 _CSV_HINT = "write the header file,caption, then one row a picture; put a caption with commas in double quotes"
 _FILE_HINT = "check the name, or remove the line"
@@ -38,23 +40,28 @@ _UTF8_HINT = "convert the file to UTF-8, for instance: iconv -f latin1 -t utf-8 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Images and what they show: caption i is that of file i. Files are paths with the folder in front."""
+    """Images and what they show: caption i is that of file i. Files are paths with the folder in front.
+
+    `labels` has those of files that have one.
+    """
 
     files: tuple[Path, ...]
     captions: tuple[str, ...]
+    labels: Mapping[Path, str] = field(default_factory=dict)
 
 
 class _Row(NamedTuple):
     line: int  # where it starts, from 1
     file: str
     caption: str
+    label: str
 
 
 def find_pairs(folder: Path) -> Pairs | None:
     """The pairs of `folder`, in the order of its captions file; None where it has none.
 
     Raises InputError, with file and line, for both captions files at once, for one that cannot be read, and for a line
-    that is malformed or repeated, has no caption, or names no file inside the folder.
+    that is malformed or repeated, has no caption, names no file inside the folder, or gives a file a second label.
     """
     readers: dict[str, Callable[[Path, str], Iterator[_Row]]] = {_CSV: _csv_rows, _JSONL: _json_rows}
     there = [name for name in readers if os.path.lexists(folder / name)]
@@ -64,6 +71,7 @@ def find_pairs(folder: Path) -> Pairs | None:
         raise InputError(f"{folder} has both {_CSV} and {_JSONL}, expected one", hint="remove one of them")
     path = folder / there[0]
     lines: dict[tuple[Path, str], int] = {}
+    labels: dict[Path, str] = {}
     for row in readers[path.name](path, _text(path)):
         pair = _file(path, row), row.caption
         if not row.caption.strip():
@@ -71,9 +79,13 @@ def find_pairs(folder: Path) -> Pairs | None:
         if pair in lines:
             raise _error(path, row.line, f"the same file and caption as line {lines[pair]}", "remove one of them")
         lines[pair] = row.line
+        label = row.label.strip()
+        if label and labels.setdefault(pair[0], label) != label:
+            message = f"{_short(row.file)} is labelled {_short(label)} here, and {_short(labels[pair[0]])} before"
+            raise _error(path, row.line, message, "a file has one label")
     if not lines:
         raise InputError(f"{path} has no pairs", hint=_CSV_HINT if path.name == _CSV else _JSON_HINT)
-    return Pairs(files=tuple(file for file, _ in lines), captions=tuple(caption for _, caption in lines))
+    return Pairs(files=tuple(file for file, _ in lines), captions=tuple(caption for _, caption in lines), labels=labels)
 
 
 def group(*keys: Sequence[Hashable]) -> list[int]:
@@ -171,11 +183,13 @@ def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
         if len(row) != len(header):
             fields = f"{len(row)} field{'s' * (len(row) > 1)}"
             raise _error(path, line, f"{fields}, expected {len(header)} as in the header", _CSV_HINT)
-        yield _Row(line, *(row[header.index(column)] for column in _COLUMNS))
+        label = row[header.index(_LABEL)] if _LABEL in header else ""
+        file, caption = (row[header.index(column)] for column in _COLUMNS)
+        yield _Row(line, file, caption, label)
 
 
 def _header(path: Path, line: int, row: list[str]) -> list[str]:
-    if any(row.count(column) != 1 for column in _COLUMNS):
+    if any(row.count(column) != 1 for column in _COLUMNS) or row.count(_LABEL) > 1:
         raise _error(
             path, line, f"expected a header with the columns file and caption, found {','.join(row)}", _CSV_HINT
         )
@@ -191,10 +205,12 @@ def _json_rows(path: Path, text: str) -> Iterator[_Row]:
         except (ValueError, RecursionError) as error:
             raise _error(path, number, f"not JSON: {error}", _JSON_HINT) from error
         values = fields if isinstance(fields, dict) else {}
-        file, caption = values.get("file"), values.get("caption")
+        file, caption, label = values.get("file"), values.get("caption"), values.get(_LABEL) or ""
         if not (isinstance(file, str) and isinstance(caption, str)):
             raise _error(path, number, 'expected an object with the strings "file" and "caption"', _JSON_HINT)
-        yield _Row(number, file, caption)
+        if not isinstance(label, str):
+            raise _error(path, number, f"the label is {label!r}, expected a string", _JSON_HINT)
+        yield _Row(number, file, caption, label)
 
 
 def _file(path: Path, row: _Row) -> Path:

@@ -4,9 +4,11 @@ The files of a sample stand one after another and share a key, their name up to 
 
     000001.jpg   000001.txt     the picture; its caption, in UTF-8
     000002.png   000002.json    the picture; {"caption": "..."}, where there is no .txt
+    000003.png   000003.txt   000003.cls    what the picture is of, in a word or two, for zero-shot accuracy
 
-Others of the key (.cls, .npy) are passed over, and so are directories and names that begin with two underscores, as
-WebDataset has it. One sample is held in memory at a time. A tar file is not to be trusted: what stands in its headers
+A .cls that is a number, as in data sets whose names are elsewhere, says nothing here. Others of the key (.npy) are
+passed over, and so are directories and names that begin with two underscores, as WebDataset has it. One sample is held
+in memory at a time. A tar file is not to be trusted: what stands in its headers
 is checked before it is acted on, and no name in it becomes a path.
 """
 
@@ -25,6 +27,8 @@ __all__ = ["PICTURE_SUFFIXES", "TarSample", "read_tar"]
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _CAPTION_SUFFIXES = (".txt", ".json")
+_LABEL_SUFFIX = ".cls"
+_SUFFIXES = (*PICTURE_SUFFIXES, *_CAPTION_SUFFIXES, _LABEL_SUFFIX)
 _MOST_PICTURE = 256 * 2**20  # bytes; Pillow's limit on pixels is 179 million, 34 MB as a JPEG of middling quality
 _MOST_CAPTION = 2**20
 _DAMAGED = "it is damaged or cut short: fetch or make it again"
@@ -32,11 +36,15 @@ _LAYOUT = "name a picture and its caption alike, one after the other: 000001.jpg
 
 
 class TarSample(NamedTuple):
-    """One picture, as the bytes of its file, and its caption. `name` is that of the picture in the archive."""
+    """One picture, as the bytes of its file, and its caption. `name` is that of the picture in the archive.
+
+    `label` says what it is of; empty where the archive does not.
+    """
 
     name: str
     data: bytes
     caption: str
+    label: str = ""
 
 
 class _Part(NamedTuple):
@@ -83,7 +91,8 @@ def _sample(path: Path, key: str, parts: dict[str, _Part]) -> TarSample:
         raise InputError(f"{path}: sample {key!r} has no {lacking}, only {found}", hint=_LAYOUT)
     if not caption.strip():
         raise InputError(f"{path}: the caption of sample {key!r} is empty", hint="write one, or leave the sample out")
-    return TarSample(picture.name, picture.data, caption)
+    label = parts.get(_LABEL_SUFFIX)
+    return TarSample(picture.name, picture.data, caption, _label(path, label) if label else "")
 
 
 def _caption(path: Path, part: _Part) -> str:
@@ -92,6 +101,11 @@ def _caption(path: Path, part: _Part) -> str:
     except UnicodeDecodeError as error:
         message = f"{path}: {part.name!r} is not UTF-8: byte 0x{part.data[error.start]:02x} at {error.start}"
         raise InputError(message, hint="convert captions to UTF-8 before they are packed") from error
+
+
+def _label(path: Path, part: _Part) -> str:
+    label = _caption(path, part).strip()
+    return "" if label.isdecimal() else label
 
 
 def _json_caption(path: Path, part: _Part) -> str:
@@ -115,7 +129,7 @@ def _parts(path: Path) -> Iterator[tuple[str, _Part]]:
             stem, dot, extension = name.name.partition(".")
             # WebDataset's extension is all after the first dot: of 1.seg.png it is seg.png, which is not the picture.
             suffix = f"{dot}{extension}".lower()
-            if member.isdir() or name.name.startswith("__") or suffix not in (*PICTURE_SUFFIXES, *_CAPTION_SUFFIXES):
+            if member.isdir() or name.name.startswith("__") or suffix not in _SUFFIXES:
                 continue
             _check_member(path, member, suffix)
             yield str(name.parent / stem), _Part(member.name, suffix, _data(path, archive, member))

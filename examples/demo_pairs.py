@@ -35,7 +35,8 @@ def write_pairs(path: Path, count: int = COUNT, seed: int = 0) -> None:
         for number, (scene, text) in enumerate(demo_pairs(count, seed)):
             picture = io.BytesIO()
             render(scene, seed, PIXELS, oversample=2).save(picture, "JPEG", quality=92)
-            for suffix, data in (("jpg", picture.getvalue()), ("txt", text.encode())):
+            label = f"{scene.colour} {scene.shape}"
+            for suffix, data in (("jpg", picture.getvalue()), ("txt", text.encode()), ("cls", label.encode())):
                 member = tarfile.TarInfo(f"{number:04}.{suffix}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))

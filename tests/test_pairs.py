@@ -42,6 +42,12 @@ def read(folder: Path) -> list[tuple[str, str]]:
     ]
 
 
+def labels(folder: Path) -> dict[str, str]:
+    pairs = find_pairs(folder)
+    assert pairs is not None
+    return {file.name: label for file, label in pairs.labels.items()}
+
+
 def failure(folder: Path) -> str:
     with pytest.raises(InputError) as raised:
         find_pairs(folder)
@@ -95,6 +101,22 @@ def test_other_columns_and_keys_are_passed_over_and_empty_lines_too(folder: Path
     (folder / "captions.csv").unlink()
     write(folder, "captions.jsonl", '\n{"id": 1, "file": "a.png", "caption": "a cat"}\n  \n')
     assert read(folder) == [("a.png", "a cat")]
+
+
+def test_labels_are_of_files_and_may_be_missing(folder: Path) -> None:
+    write(folder, "captions.csv", "file,caption,label\na.png,a cat, cat \na.png,a pet,\nb.png,a dog,\n")
+    assert labels(folder) == {"a.png": "cat"}
+    (folder / "captions.csv").unlink()
+    lines = ('{"file": "a.png", "caption": "a cat", "label": "cat"}', '{"file": "b.png", "caption": "a dog"}')
+    write(folder, "captions.jsonl", "\n".join(lines))
+    assert labels(folder) == {"a.png": "cat"}
+    write(folder, "captions.jsonl", '{"file": "a.png", "caption": "a cat", "label": 7}')
+    with pytest.raises(InputError, match="line 1: the label is 7, expected a string"):
+        find_pairs(folder)
+    (folder / "captions.jsonl").unlink()
+    write(folder, "captions.csv", "file,caption,label\na.png,a cat,cat\na.png,a pet,pet\n")
+    with pytest.raises(InputError, match="line 3: 'a.png' is labelled 'pet' here, and 'cat' before"):
+        find_pairs(folder)
 
 
 def test_a_folder_without_captions(folder: Path) -> None:

@@ -12,7 +12,10 @@ from clip_export import tar_samples
 from clip_export.errors import InputError
 from clip_export.tar_samples import read_tar
 
-GOOD = {"a/1.jpg": b"one", "a/1.txt": b"a cat\n", "2.png": b"two", "2.cls": b"7", "2.json": b'{"caption": "a dog"}'}
+GOOD = {
+    **{"a/1.jpg": b"one", "a/1.txt": b"a cat\n", "a/1.cls": b"cat\n"},
+    **{"2.png": b"two", "2.cls": b"7", "2.json": b'{"caption": "a dog"}'},
+}
 
 
 def pack(path: Path, files: dict[str, bytes]) -> Path:
@@ -34,7 +37,7 @@ def failure(path: Path) -> str:
 
 def test_samples_are_read_in_order_and_nothing_is_written(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.tar", GOOD)
-    assert list(read_tar(path)) == [("a/1.jpg", b"one", "a cat"), ("2.png", b"two", "a dog")]
+    assert list(read_tar(path)) == [("a/1.jpg", b"one", "a cat", "cat"), ("2.png", b"two", "a dog", "")]
     assert list(tmp_path.iterdir()) == [path]
 
 
