@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from clip_export.pipeline import build, reference
     from clip_export.quantization import Quantization
     from clip_export.runtime import load
-    from clip_export.verification import Verification, verify
+    from clip_export.verifying import IndexInputs, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "ClipExportError",
     "Encoder",
     "EngineOptions",
+    "IndexInputs",
     "PlanOptions",
     "Quantization",
     "Verification",
@@ -51,12 +52,13 @@ _HOMES = {
     "EngineOptions": "backends.building",
     "PlanOptions": "compilation",
     "Quantization": "quantization",
-    "Verification": "verification",
+    "IndexInputs": "verifying",
+    "Verification": "verifying",
     "build": "pipeline",
     "extend": "extension",
     "load": "runtime",
     "reference": "pipeline",
-    "verify": "verification",
+    "verify": "verifying",
 }
 
 

@@ -23,7 +23,6 @@ import numpy.typing as npt
 
 from clip_export import verification
 from clip_export.bundle import Bundle
-from clip_export.cosine import cosines
 from clip_export.encoder import Encoder, Floats
 from clip_export.errors import CheckpointError, InputError
 from clip_export.hostile_inputs import hostile_images, hostile_texts
@@ -111,15 +110,21 @@ class Stage:
         """Whether all are equal."""
         return self.differing == 0
 
+    @property
+    def failure(self) -> str:
+        """What differs, in a sentence; empty where nothing does."""
+        if self.first is None:
+            return ""
+        found = f"{self.first.found} at {list(self.first.position)}, expected {self.first.expected}"
+        return (
+            f"{self.name} of {self.differing} of {self.inputs} inputs differ; the first, {self.first.input!r}: {found}"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(verification.Row):
-    """One tower's embeddings against the reference's: `p1_cosine` is that of the 1st percentile of the inputs.
+    """One tower's embeddings against the reference's. `furthest` is the name of the input with the smallest cosine."""
 
-    `furthest` is the name of the input with the smallest cosine.
-    """
-
-    p1_cosine: float
     furthest: str
 
 
@@ -138,11 +143,23 @@ class Comparison:
         """Whether ids and pixels are equal and every row keeps its contract."""
         return all(stage.passed for stage in self.stages) and all(row.passed for row in self.rows)
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What differs, or is below its contract, a sentence for each."""
+        stages = [stage.failure for stage in self.stages if not stage.passed]
+        rows = [
+            f"{row.tower} embeddings are below their contract: min cosine {row.min_cosine:.7f} to {self.reference}, "
+            f"required {row.required_cosine:.7g}, furthest is {row.furthest!r}"
+            for row in self.rows
+            if not row.passed
+        ]
+        return (*stages, *rows)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         parts = {
             "stages": [{**dataclasses.asdict(stage), "passed": stage.passed} for stage in self.stages],
-            "rows": [{**dataclasses.asdict(row), "passed": row.passed} for row in self.rows],
+            "rows": [row.to_dict() for row in self.rows],
         }
         about = {"reference": self.reference, "version": self.version, "notes": list(self.notes)}
         return {**about, **parts, "passed": self.passed}
@@ -184,15 +201,17 @@ def run_reference(
     *,
     texts: Mapping[str, str] | None = None,
     images: Mapping[str, ImageInput] | None = None,
+    hostile: bool = True,
     progress: Progress = silent,
 ) -> Expected:
     """Ask `reference` for all that the towers of `bundle` are compared with.
 
-    `texts` and `images` are named inputs; by default the golden samples of the bundle and the hostile ones.
+    `texts` and `images` are named inputs; by default the golden samples of the bundle and, with `hostile`, those.
     """
+    odd_texts, odd_images = (hostile_texts(), hostile_images()) if hostile else ({}, {})
     inputs: dict[Tower, Mapping[str, Any]] = {
-        "text": {**_golden_texts(bundle), **hostile_texts()} if texts is None else texts,
-        "image": {**_golden_images(bundle), **hostile_images()} if images is None else images,
+        "text": {**_golden_texts(bundle), **odd_texts} if texts is None else texts,
+        "image": {**_golden_images(bundle), **odd_images} if images is None else images,
     }
     towers = bundle.spec.towers
     front: dict[Tower, Ints] = {}
@@ -287,6 +306,6 @@ def _stage(name: str, names: Sequence[str], found: Ints, expected: Ints) -> Stag
 
 def _row(tower: Tower, names: Sequence[str], found: Floats, expected: Floats, **options: Any) -> Row:
     plain = verification.compare(tower, "embedding", found, expected, **options)
-    near = cosines(found, expected)
-    worst = int(np.nan_to_num(near, nan=-1.0).argmin())
-    return Row(**dataclasses.asdict(plain), p1_cosine=float(np.quantile(near, 0.01)), furthest=names[worst])
+    worst = int(np.nan_to_num(plain.cosines, nan=-1.0).argmin())
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    return Row(**fields, furthest=names[worst])

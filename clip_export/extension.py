@@ -33,7 +33,7 @@ from clip_export.quantized import made_from, make_quantized
 from clip_export.shapes import batch_bounds, profiles
 from clip_export.spec import Tower
 from clip_export.variants import make_variant
-from clip_export.verification import CONTRACTS, Verification, require_contract, verify, verify_choice
+from clip_export.verification import CONTRACTS, Replay, replay, replay_choice, require_contract
 
 PRECISIONS = tuple(CONTRACTS)
 # TensorRT-RTX has no fp32 matrix product for sm_75, "FP32 GEMM is not supported": there all but 8 bits is fp16.
@@ -222,7 +222,7 @@ class _Staged:
             )
             measured = {"towers": kept}
         self.write()
-        found = verify(self._staged(), device="cpu", precision=precision, progress=self._progress)
+        found = replay(self._staged(), device="cpu", precision=precision, progress=self._progress)
         self._settle(precision, found)
         if precision == CPU_INT8 and not self._quantization.allow_slower:
             candidate, baseline = (choose(self._staged(), backend=GRAPHS, precision=name) for name in (precision, FP32))
@@ -236,7 +236,7 @@ class _Staged:
         place = self._bundle.path
         return place.with_name(f"{place.name}.{precision}.report.json")
 
-    def _settle(self, precision: str, found: Verification) -> None:
+    def _settle(self, precision: str, found: Replay) -> None:
         """Hold the graphs to their contract; where that may be missed, it is marked as what it is."""
         contract = self._contracts.get(precision)
         if contract is None or not self._quantization.allow_below_contract:
@@ -297,7 +297,7 @@ class _Staged:
         if made and target.gpu is not None:
             choice = of_plans({plan.tower: plan for plan in made})
             own = EngineOptions(allow_host_code=True)  # it was built here, this minute
-            found = verify_choice(self._staged(), choice, options=own, progress=self._progress)
+            found = replay_choice(self._staged(), choice, options=own, progress=self._progress)
             if self._held(precision):
                 require_contract(found)
             if precision in QUANTIZED and not self._quantization.allow_slower:

@@ -34,7 +34,7 @@ from clip_export.publish import staged
 from clip_export.runtime import front
 from clip_export.spec import TOWERS, Activation, Dialect, Tower
 from clip_export.tokenizer import dialect_versions
-from clip_export.verification import require_contract, verify
+from clip_export.verification import replay, require_contract
 
 if TYPE_CHECKING:
     from clip_export.graph.export import GraphShape
@@ -83,7 +83,7 @@ def build(
         built = [_build_tower(source, tower, outputs, staging, progress) for tower in source.spec.towers]
         stated = dataclasses.asdict(options) | {"towers": ",".join(towers or ()), "outputs": ",".join(outputs or ())}
         _write(staging, default_name(checkpoint), source, built, _provenance(source, versions, stated))
-        require_contract(verify(staging, backend=PROOF_BACKEND, progress=progress))
+        require_contract(replay(staging, backend=PROOF_BACKEND, progress=progress))
     return Bundle.open(target, check_files=False)
 
 

@@ -68,18 +68,18 @@ def below_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 def test_what_missed_its_contract_fails_though_the_goldens_pass(below_bundle: Path) -> None:
     """Held-out inputs and pairs are not in a bundle: what was measured on them counts as it was."""
-    found = clip_export.verify(below_bundle)
+    found = clip_export.verify(below_bundle, hostile=False)
     assert all(row.passed for row in found.rows)
     assert found.missed == {"fp32": MISSED}
     assert not found.passed
-    assert not clip_export.verify(below_bundle, precision="fp32").passed
-    assert not clip_export.verify(below_bundle, backend="onnxruntime").passed
+    assert not clip_export.verify(below_bundle, precision="fp32", hostile=False).passed
+    assert not clip_export.verify(below_bundle, backend="onnxruntime", hostile=False).passed
     with pytest.raises(ContractError, match="fp32 missed its contract when it was built: min cosine of the text tower"):
         require_contract(found)
 
 
 def test_what_kept_its_contract_passes(kept_bundle: Path) -> None:
-    found = clip_export.verify(kept_bundle)
+    found = clip_export.verify(kept_bundle, hostile=False)
     assert found.passed
     assert found.to_dict()["missed"] == {}
     require_contract(found)
@@ -100,8 +100,8 @@ def test_verify_says_which_precision_missed_what(below_bundle: Path) -> None:
 def test_a_precision_that_is_not_asked_for_does_not_count(below_bundle: Path) -> None:
     path = Path(shutil.copytree(below_bundle, below_bundle.with_name("half")))
     clip_export.extend(path, precision="bf16")
-    assert clip_export.verify(path, precision="bf16").passed
-    assert not clip_export.verify(path).passed
+    assert clip_export.verify(path, precision="bf16", hostile=False).passed
+    assert not clip_export.verify(path, hostile=False).passed
 
 
 def test_a_precision_that_cannot_be_measured_here_counts(
@@ -122,7 +122,7 @@ def test_a_precision_that_cannot_be_measured_here_counts(
         known=old,
     )
     monkeypatch.setattr(verification, "simulation_lacks", lambda: MissingDependencyError("no onnx", hint="get it"))
-    found = clip_export.verify(below_bundle)
+    found = clip_export.verify(below_bundle, hostile=False)
     assert {row.precision for row in found.rows} == {"fp32"}
     assert (found.missed, found.passed) == ({"bf16": MISSED[:1]}, False)
 
@@ -143,7 +143,7 @@ def test_nothing_else_warns(below_bundle: Path, kept_bundle: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clip_export.load(kept_bundle).close()
-        clip_export.verify(below_bundle)
+        clip_export.verify(below_bundle, hostile=False)
         bundle = Bundle.open(below_bundle)
         open_choice(bundle, choose(bundle)).close()
 

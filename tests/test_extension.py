@@ -94,7 +94,7 @@ def test_the_report_says_what_stayed_fp32_and_how_close_it_is(half_bundle: Path)
 
 
 def test_verify_runs_every_precision_and_says_how(half_bundle: Path) -> None:
-    found = clip_export.verify(half_bundle)
+    found = clip_export.verify(half_bundle, hostile=False)
     assert found.passed
     assert [note.split(":")[0] for note in found.notes] == ["4 plans were not run (tensorrt-rtx"]
     engines = {row.precision: row.engine for row in found.rows}
@@ -105,7 +105,7 @@ def test_verify_runs_every_precision_and_says_how(half_bundle: Path) -> None:
     }
     half = [row for row in found.rows if row.precision == "fp16"]
     assert all(0.9999 <= row.min_cosine < 0.99999999 for row in half)  # rounded, so not exactly the reference
-    assert {row.precision for row in clip_export.verify(half_bundle, precision="fp16").rows} == {"fp16"}
+    assert {row.precision for row in clip_export.verify(half_bundle, precision="fp16", hostile=False).rows} == {"fp16"}
 
 
 def test_a_half_graph_that_is_damaged_fails(half_bundle: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_half_graph_that_is_damaged_fails(half_bundle: Path, tmp_path: Path) -
     values[:, ::2] *= np.float16(-1)
     weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
     onnx.save(model, path / "text.fp16.onnx")
-    found = verification.verify(_resealed(path), precision="fp16")
+    found = verification.replay(_resealed(path), precision="fp16")
     assert {row.tower: row.passed for row in found.rows} == {"text": False, "image": True}
     with pytest.raises(ContractError, match=r"fp16 text embedding: min cosine .* on simulation of fp16, cpu"):
         verification.require_contract(found)
@@ -134,11 +134,11 @@ def _resealed(path: Path) -> Bundle:
 def test_without_onnx_the_halves_are_named_as_not_measured(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lacks = MissingDependencyError("simulating it on the CPU needs onnx_ir, not installed here", hint="pip install x")
     monkeypatch.setattr(verification, "simulation_lacks", lambda: lacks)
-    found = clip_export.verify(half_bundle)
+    found = clip_export.verify(half_bundle, hostile=False)
     assert {row.precision for row in found.rows} == {"fp32"}
-    assert found.notes[0].startswith("fp16 was not measured: simulating it on the CPU needs onnx_ir")
+    assert found.unmeasured[0].startswith("fp16 was not measured: simulating it on the CPU needs onnx_ir")
     with pytest.raises(MissingDependencyError, match="needs onnx_ir"):
-        clip_export.verify(half_bundle, precision="fp16")
+        clip_export.verify(half_bundle, precision="fp16", hostile=False)
 
 
 def test_calibration_inputs_are_measured_too(bundle: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_weights_beside_the_graph(tiny_checkpoint: Path, tmp_path: Path, monkeyp
     assert {"text.onnx.data", "text.fp16.onnx.data", "image.fp16.onnx.data"} <= made.manifest.files.keys()
     clip_export.extend(path, precision="fp32", engine="tensorrt-rtx", gpus=["sm_86"], options=SMALL)
     assert all(file.stat().st_nlink == 1 for file in path.rglob("*") if file.is_file())
-    assert clip_export.verify(path).passed
+    assert clip_export.verify(path, hostile=False).passed
 
 
 # What is kept
@@ -176,7 +176,7 @@ def test_adding_touches_nothing_that_was_there(half_bundle: Path, tmp_path: Path
     rewritten = {"manifest.json", "report.json"}
     assert {name for name in before if before[name] != after.get(name)} <= rewritten
     assert sorted(name.rsplit("/", 1)[-1] for name in after.keys() - before.keys()) == ["image.plan"]
-    assert clip_export.verify(path).passed
+    assert clip_export.verify(path, hostile=False).passed
 
 
 def test_the_same_again_builds_nothing(half_bundle: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_int8cpu_is_published_where_it_is_faster(
         assert np.corrcoef(old["embedding"].ravel(), new["embedding"].ravel())[0, 1] > 0.99
     report = json.loads((bundle / "report.json").read_text())["precisions"]["int8cpu"]
     assert {batch: row["ratio"] for batch, row in report["speed"]["image"].items()} == {"1": 1.5, "8": 2.0}
-    found = clip_export.verify(bundle, precision="int8cpu")
+    found = clip_export.verify(bundle, precision="int8cpu", hostile=False)
     assert found.passed
     assert [row.required_cosine for row in found.rows] == [0.99]
 

@@ -76,7 +76,7 @@ def test_a_build_is_reproducible_to_the_byte(tiny_checkpoint: Path, tiny_bundle:
 
 def test_a_bundle_can_be_moved(tiny_bundle: Path, tmp_path: Path) -> None:
     copytree(tiny_bundle, tmp_path / "moved")
-    assert clip_export.verify(tmp_path / "moved").passed
+    assert clip_export.verify(tmp_path / "moved", hostile=False).passed
 
 
 def test_verify_finds_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_verify_finds_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(graph, path / "text.onnx")
     rewrite(path)
-    result = clip_export.verify(path)
+    result = clip_export.verify(path, hostile=False)
     assert not result.passed
     assert {row.tower: row.passed for row in result.rows} == {"text": False, "image": True}
     assert json.loads(json.dumps(result.to_dict()))["passed"] is False
@@ -148,7 +148,7 @@ def test_golden_outputs_are_those_of_the_graph(tiny_bundle: Path, tmp_path: Path
     golden.save(path / "golden.safetensors")
     rewrite(path)
     with pytest.raises(BundleIntegrityError, match="text outputs are embedding, pooled, not those of the graph"):
-        clip_export.verify(path)
+        clip_export.verify(path, hostile=False)
 
 
 def test_golden_outputs_of_another_width(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_golden_outputs_of_another_width(tiny_bundle: Path, tmp_path: Path) -> N
     golden.save(path / "golden.safetensors")
     rewrite(path)
     with pytest.raises(BundleIntegrityError, match=r"the engine gives \[13, 64\], the golden samples \[13, 32\]"):
-        clip_export.verify(path)
+        clip_export.verify(path, hostile=False)
 
 
 def test_a_manifest_that_contradicts_its_graph_is_noticed_at_load(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_outputs_and_towers_can_be_chosen(tiny_checkpoint: Path, tmp_path: Path)
     with clip_export.load(bundle) as clip:
         assert clip.encode_text(["a"]).shape == (1, 64)
         assert clip.text_outputs(["a"])["hidden_states"].shape == (1, 77, 128)
-    assert {row.output for row in clip_export.verify(bundle).rows} == {"embedding", "hidden_states"}
+    assert {row.output for row in clip_export.verify(bundle, hostile=False).rows} == {"embedding", "hidden_states"}
 
 
 def test_requests_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:

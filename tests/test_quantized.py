@@ -147,7 +147,7 @@ def test_auto_publishes_what_keeps_the_contract(auto_bundle: Path) -> None:
     assert manifest.contracts == {"auto": Contract(min_cosine=CONTRACTS["auto"])}
     assert set(manifest.variants) == {"fp32", "auto"}
     assert {"auto.map.json", "image.auto.onnx", "text.auto.onnx"} <= manifest.files.keys()
-    found = clip_export.verify(auto_bundle)
+    found = clip_export.verify(auto_bundle, hostile=False)
     assert found.passed
     rows = {row.tower: row for row in found.rows if row.precision == "auto"}
     assert set(rows) == {"image", "text"}
@@ -273,7 +273,7 @@ def test_a_stricter_contract_is_kept_by_fewer_layers_and_remembered(
         assert strict["towers"][tower]["score"]["cosine"] >= 0.999
         assert strict["towers"][tower]["share"] <= usual["towers"][tower]["share"]
     assert strict["towers"]["text"]["share"] < usual["towers"]["text"]["share"]
-    rows = [row for row in clip_export.verify(bundle).rows if row.precision == "auto"]
+    rows = [row for row in clip_export.verify(bundle, hostile=False).rows if row.precision == "auto"]
     assert {row.required_cosine for row in rows} == {0.999}
     assert all(row.passed for row in rows)
 
@@ -422,7 +422,7 @@ def test_a_poor_choice_of_pictures_costs_layers_and_not_the_contract(
     write_pictures(folder, plain=0, noise=16)
     made = clip_export.extend(image, precision="auto", calibration=[folder], quantization=FAST)
     assert made.manifest.contracts["auto"].kept
-    (row,) = [row for row in clip_export.verify(made).rows if row.precision == "auto"]
+    (row,) = [row for row in clip_export.verify(made, hostile=False).rows if row.precision == "auto"]
     assert row.passed
     found = report(made.path, "auto")["towers"]["image"]
     assert all(math.isfinite(value) for value in found["score"].values() if value is not None)
@@ -542,7 +542,7 @@ def test_plans_of_auto_for_two_generations(image_bundle: Path, pairs: Path, tmp_
     for name in ("auto", "autoall"):
         kinds = {tensor.data_type for tensor in onnx.load(path / f"image.{name}.onnx").graph.initializer}
         assert onnx.TensorProto.INT8 in kinds
-    assert clip_export.verify(path).passed
+    assert clip_export.verify(path, hostile=False).passed
     for plan in made.manifest.plans:
         assert made.manifest.files[plan.file].size > 10_000
 

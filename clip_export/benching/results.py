@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from clip_export.benching.end_to_end import EndToEnd
 from clip_export.benching.fresh import Opening
 from clip_export.benching.limits import Ceiling
 from clip_export.benching.timing import CONFIDENCE, Timing
+from clip_export.json_text import json_text
 from clip_export.output_file import staged_file, writing
 from clip_export.spec import Tower
 from clip_export.speed import Ratio
@@ -171,14 +170,5 @@ class Result:
 
 def write_json(result: Result, path: str | os.PathLike[str]) -> None:
     """Write `result` to `path`, whole or not at all. A number that is not finite is null. Raises OutputError."""
-    text = json.dumps(_finite(result.to_dict()), indent=2, allow_nan=False) + "\n"
     with staged_file(path) as file, writing(path):
-        file.write(text.encode("ascii"))
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+        file.write(f"{json_text(result.to_dict())}\n".encode("ascii"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
+
+from clip_export.json_text import json_text
 
 _MARGIN, _GAP = "  ", "  "
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -15,7 +15,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def print_json(data: Any) -> None:
     """`data` as JSON on stdout: ASCII, so that it is right in every encoding; a number that is not finite is null."""
-    typer.echo(json.dumps(_finite(data), indent=2, ensure_ascii=True, allow_nan=False))
+    typer.echo(json_text(data))
 
 
 def print_columns(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
@@ -36,14 +36,6 @@ def columns_width(rows: Iterable[Sequence[str]]) -> int:
 def printable(text: str) -> str:
     """`text` without the control characters that file names and texts can carry to a terminal; lines stay lines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _cells(rows: Iterable[Sequence[str]]) -> list[list[str]]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clip_export.commands._group import say, say_error
-from clip_export.commands._output import print_columns, print_json
+from clip_export.commands._output import print_json
 from clip_export.commands._progress import Bar
+from clip_export.commands._verification import print_verification
+from clip_export.errors import BundleIntegrityError, ClipExportError
 
 if TYPE_CHECKING:
-    from clip_export.comparing import ComparedBundle
-    from clip_export.verification import Verification
+    from clip_export.verifying import IndexInputs, Verification
+
+_NOT_MEASURED = 2
 
 
 def verify(
@@ -36,6 +41,47 @@ def verify(
             show_default="the golden samples",
         ),
     ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PAIRS",
+            help="Rank pictures and captions: a folder with captions.csv or .jsonl, a .tar (WebDataset), or demo.",
+            show_default=False,
+        ),
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npy",
+            help="Say whether new vectors may be mixed with these, which were made of --images or --texts.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH...", help="Images or folders that --index was made of.", show_default=False),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The texts that --index was made of, one a line.", show_default=False),
+    ] = None,
+    golden_only: Annotated[
+        bool, typer.Option("--golden-only", help="Leave out hostile inputs, batches and threads.")
+    ] = False,
+    min_cosine: Annotated[
+        float | None, typer.Option(metavar="X", help="The least cosine.", show_default="the contract of each precision")
+    ] = None,
+    max_recall_drop: Annotated[
+        float | None,
+        typer.Option(metavar="POINTS", help="By how much R@1 may fall.", show_default="the contract of each precision"),
+    ] = None,
+    skip_errors: Annotated[
+        bool, typer.Option("--skip-errors", help="Leave out pictures of --pairs that cannot be used.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a page, and all figures as JSON, to DIR.", show_default=False),
+    ] = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(
@@ -46,67 +92,64 @@ def verify(
 ) -> None:
     """Let a bundle prove itself on this machine.
 
-    Replays its golden samples and compares with the reference's outputs. Token ids and pixels have to be equal,
-    embeddings to keep the accuracy contract; the exit code is 1 where they are not, and for a precision that missed its
-    contract when it was built. A half precision that no GPU runs here is simulated on the CPU, and said to be. Needs no
-    torch but for --against, where the golden samples and hostile inputs go through the original too; the exit code is 2
-    where that could not be measured.
+    Replays its golden samples and compares with the reference's outputs; then tries hostile inputs, every batch of
+    every profile, any company in a batch, and threads. Token ids and pixels have to be equal, embeddings to keep the
+    accuracy contract. A half or 8-bit precision that no GPU runs here is simulated on the CPU, and said to be. Needs no
+    torch but for --against. The exit code is 1 where something is not as it has to be, also for a precision that missed
+    its contract when it was built, and 2 where something that was asked for could not be measured.
     """
     import clip_export
 
-    if against is not None:
-        _compare(bundle, against, backend=backend, device=device, precision=precision, json=json)
-        return
-    with Bar() as progress:
-        result = clip_export.verify(bundle, backend=backend, device=device, precision=precision, progress=progress)
-    if json:
-        print_json(result.to_dict())
-    else:
-        _print(result)
-    if polygraphy is not None:
-        _write_polygraphy(bundle, polygraphy, precision)
-    if not result.passed:
-        raise typer.Exit(1)
-
-
-def _compare(bundle: Path, against: str, *, json: bool, **asked: str | None) -> None:
-    from clip_export.comparing import verify_against
-    from clip_export.errors import MissingDependencyError
-
     try:
         with Bar() as progress:
-            result = verify_against(bundle, against, progress=progress, **asked)
-    except MissingDependencyError as error:
+            found = clip_export.verify(
+                bundle,
+                backend=backend,
+                device=device,
+                precision=precision,
+                against=against,
+                pairs=pairs,
+                index=index,
+                inputs=_inputs(images, texts),
+                hostile=not golden_only,
+                min_cosine=min_cosine,
+                max_recall_drop=max_recall_drop,
+                skip_errors=skip_errors,
+                progress=progress,
+            )
+        if json:
+            print_json(found.to_dict())
+        else:
+            print_verification(found)
+        if report is not None:
+            _write_report(found, bundle, report, pairs)
+        if polygraphy is not None:
+            _write_polygraphy(bundle, polygraphy, precision)
+    except BundleIntegrityError:
+        raise  # what the bundle has is not what it was: that has been measured
+    except ClipExportError as error:
         say_error(error.message, error.hint)
-        raise typer.Exit(2) from error
-    if json:
-        print_json(result.to_dict())
-    else:
-        _print_compared(result)
-    if not result.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(_NOT_MEASURED) from error
+    if not found.passed:
+        raise typer.Exit(1 if found.verdict == "failed" else _NOT_MEASURED)
 
 
-def _print_compared(result: ComparedBundle) -> None:
-    for run in result.runs:
-        found = run.comparison
-        typer.echo(f"{result.name} on {run.title}, {run.precision}, against {found.reference} {found.version}")
-        typer.echo()
-        for stage in found.stages:
-            verdict = "equal" if stage.passed else f"{stage.differing} DIFFER, first {stage.first}"
-            typer.echo(f"  {stage.name} of {stage.inputs} inputs: {verdict}")
-        table: list[tuple[str, ...]] = [
-            ("tower", "inputs", "min cosine", "required", "p1 cosine", "mean cosine", "max abs", "furthest", "")
-        ]
-        for row in found.rows:
-            cosines = (f"{row.min_cosine:.7f}", f"{row.required_cosine:.7g}", f"{row.p1_cosine:.7f}")
-            last = (f"{row.mean_cosine:.7f}", f"{row.max_abs:.1e}", row.furthest, "ok" if row.passed else "FAILED")
-            table.append((row.tower, str(row.samples), *cosines, *last))
-        print_columns(table)
-        typer.echo()
-    for note in dict.fromkeys([*result.notes, *(note for run in result.runs for note in run.comparison.notes)]):
-        typer.echo(note)
-    typer.echo("passed" if result.passed else "FAILED")
+def _inputs(images: list[Path] | None, texts: Path | None) -> IndexInputs | None:
+    from clip_export import IndexInputs
+
+    return None if not images and texts is None else IndexInputs(images=tuple(images or ()), texts=texts)
+
+
+def _write_report(found: Verification, bundle: Path, directory: Path, pairs: str | None) -> None:
+    from clip_export import Bundle
+    from clip_export.pair_sources import open_pairs
+    from clip_export.verifying.report import write
+
+    # What was left out when the pairs were ranked was said then.
+    source = None if pairs is None else open_pairs(pairs, skip_errors=True)
+    command = shlex.join(["clip-export", *sys.argv[1:]])
+    page = write(found, Bundle.open(bundle, check_files=False), directory, pairs=source, command=command)
+    say(f"report: {page}")
 
 
 def _write_polygraphy(bundle: Path, directory: Path, precision: str | None) -> None:
@@ -121,25 +164,3 @@ def _write_polygraphy(bundle: Path, directory: Path, precision: str | None) -> N
     profiles = {plan.tower: plan.profiles for plan in opened.manifest.plans if plan.precision == chosen}
     for line in command_lines(opened, directory, precision=chosen, backends=backends, profiles=profiles):
         say(f"  {line}")
-
-
-def _print(result: Verification) -> None:
-    engines = list(dict.fromkeys(row.engine for row in result.rows))
-    typer.echo(f"{result.name} on {'; '.join(engines)}")
-    typer.echo()
-    table: list[tuple[str, ...]] = [
-        ("tower", "output", "precision", "samples", "min cosine", "required", "mean cosine", "max abs", "")
-    ]
-    for row in result.rows:
-        cosines = (f"{row.min_cosine:.7f}", f"{row.required_cosine:.7g}", f"{row.mean_cosine:.7f}")
-        verdict = "ok" if row.passed else "FAILED"
-        cells = [row.tower, row.output, row.precision, str(row.samples), *cosines, f"{row.max_abs:.1e}", verdict]
-        table.append(tuple([*cells, row.engine] if len(engines) > 1 else cells))
-    print_columns([(*row, *[""] * (max(map(len, table)) - len(row))) for row in table])
-    typer.echo()
-    typer.echo("token ids and pixels: equal")  # loading the bundle has compared them; one that differs is an error
-    for note in result.notes:
-        typer.echo(note)
-    for name, missed in result.missed.items():
-        typer.echo(f"{name} was published below its contract: {'; '.join(missed)}")
-    typer.echo("passed" if result.passed else "FAILED: below the contract")
