@@ -115,7 +115,7 @@ def test_labels_are_of_files_and_may_be_missing(folder: Path) -> None:
         find_pairs(folder)
     (folder / "captions.jsonl").unlink()
     write(folder, "captions.csv", "file,caption,label\na.png,a cat,cat\na.png,a pet,pet\n")
-    with pytest.raises(InputError, match="line 3: 'a.png' is labelled 'pet' here, and 'cat' before"):
+    with pytest.raises(InputError, match=r"line 3: 'a\.png' is labelled 'pet' here, and 'cat' before"):
         find_pairs(folder)
 
 
