@@ -185,7 +185,8 @@ class Verification:
         ]
         if failed or self.unmeasured:
             return (*failed, *self.unmeasured)
-        what = [f"{len(self.rows)} outputs of {len(self.runs)} engines keep the contract of their precision"]
+        engines = "one engine keep" if len(self.runs) == 1 else f"{len(self.runs)} engines keep"
+        what = [f"{len(self.rows)} outputs of {engines} the contract of their precision"]
         checks = sum(len(run.checks) for run in self.runs)
         what += [f"{checks} checks of hostile inputs, batches and threads passed"] * bool(checks)
         what += ["ids and pixels equal the original's"] * any(run.comparison is not None for run in self.runs)
