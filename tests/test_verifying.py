@@ -21,7 +21,7 @@ from clip_export.commands import app
 from clip_export.encoder import Encoder
 from clip_export.errors import BackendError, CheckpointError, DeviceError, InputError, MissingDependencyError
 from clip_export.pair_sources import open_pairs
-from clip_export.verifying import KEYS, Asked, IndexInputs, Verification, ranks, running, zero_shot
+from clip_export.verifying import KEYS, Asked, IndexInputs, Verification, ranks, running, work, zero_shot
 from clip_export.verifying.report import write
 
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_compared_is_exit_code_2(bundle: Path, tmp_path: Path, mo
     def lacking(*_: object) -> None:
         raise MissingDependencyError("transformers is not installed", hint="pip install transformers")
 
-    monkeypatch.setattr(running, "open_reference", lacking)
+    monkeypatch.setattr(work, "open_reference", lacking)
     result = run(bundle, "--against", "transformers:nowhere")
     assert result.exit_code == 2
     assert "error: transformers is not installed" in result.stderr

@@ -6,70 +6,18 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from clip_export.against import Expected, Reference, compare, open_reference, run_reference
-from clip_export.backends import status
 from clip_export.benching.machine import describe
 from clip_export.bundle import Bundle
-from clip_export.choice import CPU_INT8, FP32, GRAPHS, choose
-from clip_export.encoder import Encoder, Floats
-from clip_export.errors import BackendError, InputError
-from clip_export.hostile import Check, check
-from clip_export.index_safety import IndexSafety, compare_index, open_index
-from clip_export.pair_sources import PairSource, open_pairs
+from clip_export.errors import BackendError
 from clip_export.progress import Progress, silent
-from clip_export.quantization import QUANTIZED
-from clip_export.runtime import open_choice
-from clip_export.verification import (
-    Run,
-    allowed_recall_drop,
-    find_runs,
-    golden_outputs,
-    golden_rows,
-    lowered,
-    missed,
-    required_cosine,
-)
-from clip_export.verifying.ranks import EmbeddedPairs, Model, Retrieval, compare_pairs, embed_pairs, model_of
+from clip_export.verification import Run, find_runs, lowered, missed
+from clip_export.verifying.asked import Asked
 from clip_export.verifying.results import EngineRun, Verification
-from clip_export.verifying.vectors import IndexInputs, embed_inputs
+from clip_export.verifying.work import Work
 
-__all__ = ["Asked", "IndexInputs", "verify"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What to verify. `min_cosine` and `max_recall_drop` (points) take the place of every engine's own contract.
-
-    `index` is a .npy file of vectors, `inputs` what they were made of. `skip_errors` leaves out pictures of `pairs`
-    that cannot be decoded.
-    """
-
-    backend: str | None = None
-    device: str | None = None
-    precision: str | None = None
-    against: str | None = None
-    pairs: str | os.PathLike[str] | None = None
-    index: str | os.PathLike[str] | None = None
-    inputs: IndexInputs | None = None
-    hostile: bool = True
-    skip_errors: bool = False
-    min_cosine: float | None = None
-    max_recall_drop: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.index is None) is not (self.inputs is None):
-            raise InputError(
-                "an index and the inputs that it was made of go together",
-                hint="give both: --index vectors.npy with --images PATH... or --texts FILE",
-            )
-        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
-            raise InputError(f"a cosine of at least {self.min_cosine:g} was asked for", hint="give -1 to 1")
-        if self.max_recall_drop is not None and not 0 <= self.max_recall_drop <= 100:
-            raise InputError(f"R@1 may drop by {self.max_recall_drop:g} points?", hint="give 0 to 100")
+__all__ = ["verify"]
 
 
 def verify(
@@ -92,7 +40,7 @@ def verify(
     asked = dataclasses.replace(asked or Asked(), **more)
     bundle = path if isinstance(path, Bundle) else Bundle.open(path)
     runs, notes, unmeasured = find_runs(bundle, asked.backend, asked.device, asked.precision)
-    work = _Work.prepare(bundle, asked, progress)
+    work = Work.prepare(bundle, asked, progress)
     found = list[EngineRun]()
     with work:
         for title, precision, open_encoder in runs:
@@ -120,142 +68,6 @@ def _precisions(bundle: Bundle, asked: Asked, runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys([*(named if asked.backend is None else []), *(precision for _, precision, _ in runs)]))
 
 
-class _Work:
-    """What every engine is asked, with the reference's answers, which are found once.
-
-    `fp32` are the fp32 graphs of the bundle on the CPU: the reference of what no original is asked about. None where
-    ONNX Runtime is not here, which `unmeasured` then says.
-    """
-
-    def __init__(self, bundle: Bundle, asked: Asked, progress: Progress) -> None:
-        self._bundle, self._asked, self._progress = bundle, asked, progress
-        self._golden = bundle.golden()
-        self._expected: Expected | None = None
-        self._pairs: PairSource | None = None
-        self._expected_pairs: EmbeddedPairs | None = None
-        self._index: Floats | None = None
-        self._fp32: Encoder | None = None
-        self._fp32_title = ""
-        self.reference_name = "the fp32 reference's outputs that the bundle carries"
-        self.unmeasured: tuple[str, ...] = ()
-        self.notes: tuple[str, ...] = ()
-
-    @classmethod
-    def prepare(cls, bundle: Bundle, asked: Asked, progress: Progress) -> _Work:
-        """Open all that is named first, so that a mistake costs no waiting; then ask the reference."""
-        work = cls(bundle, asked, progress)
-        if asked.pairs is not None:
-            _require_both_towers(bundle)
-            work._pairs = open_pairs(asked.pairs, skip_errors=asked.skip_errors)
-        if asked.index is not None:
-            work._index = open_index(asked.index)
-        reference = None if asked.against is None else open_reference(asked.against, bundle)
-        if reference is not None:
-            work._ask_original(reference)
-        elif asked.hostile or work._pairs is not None:
-            work._open_fp32()
-        if work._pairs is not None:
-            work._ask_pairs(reference)
-        return work
-
-    def __enter__(self) -> _Work:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._fp32 is not None:
-            self._fp32.close()
-
-    def run(self, encoder: Encoder, title: str, precision: str) -> EngineRun:
-        """Everything that was asked for, of one opened engine."""
-        required = self._required(precision)
-        self._progress(f"{precision}: golden samples", 0, 0)
-        outputs = golden_outputs(encoder, self._golden)
-        embeddings = {tower: found["embedding"] for tower, found in outputs.items() if "embedding" in found}
-        comparison = None
-        if self._expected is not None:
-            comparison = compare(encoder, self._expected, precision=precision, required=required)
-        return EngineRun(
-            title=title,
-            precision=precision,
-            rows=tuple(golden_rows(outputs, self._golden, precision=precision, engine=title, required=required)),
-            checks=self._checks(encoder, precision, required) if self._asked.hostile else (),
-            comparison=comparison,
-            retrieval=self._retrieval(encoder, title, precision),
-            index=self._index_safety(encoder),
-            embeddings=embeddings,
-        )
-
-    def _required(self, precision: str) -> float:
-        asked = self._asked.min_cosine
-        return required_cosine(self._bundle, precision) if asked is None else asked
-
-    def _checks(self, encoder: Encoder, precision: str, required: float) -> tuple[Check, ...]:
-        return check(
-            encoder,
-            self._bundle,
-            precision=precision,
-            reference=self._fp32,
-            # 8 bits are calibrated on what users have, and their contract is over that: strange inputs are told of.
-            required=None if precision in (*QUANTIZED, CPU_INT8) else required,
-            progress=self._progress,
-        )
-
-    def _ask_original(self, reference: Reference) -> None:
-        self.reference_name = f"{reference.name} {reference.version}"
-        self._expected = run_reference(reference, self._bundle, hostile=self._asked.hostile, progress=self._progress)
-        self.notes = self._expected.notes
-
-    def _open_fp32(self) -> None:
-        lacking = status(GRAPHS)
-        if not lacking.works:
-            self.unmeasured = (f"nothing was compared with the fp32 graphs: {lacking.reason}",)
-            return
-        choice = choose(self._bundle, backend=GRAPHS, device="cpu", precision=FP32)
-        self._fp32, self._fp32_title = open_choice(self._bundle, choice), choice.title
-
-    def _ask_pairs(self, reference: Reference | None) -> None:
-        if reference is None and self._fp32 is None:
-            return  # said already
-        model = model_of(self._fp32) if self._fp32 is not None else _original(reference)
-        self._expected_pairs = self._embed(model, "reference")
-        self.notes += tuple(
-            f"left out, with {failure.pairs} captions: {failure.name}: {failure.message}"
-            for failure in self._expected_pairs.failures
-        )
-
-    def _embed(self, model: Model, title: str) -> EmbeddedPairs:
-        assert self._pairs is not None
-        return embed_pairs(
-            self._pairs,
-            model,
-            self._bundle.spec,
-            skip_errors=self._asked.skip_errors,
-            title=title,
-            progress=self._progress,
-        )
-
-    def _retrieval(self, encoder: Encoder, title: str, precision: str) -> Retrieval | None:
-        expected, asked = self._expected_pairs, self._asked.max_recall_drop
-        if expected is None or self._pairs is None:
-            return None
-        same = self._fp32 is not None and (title, precision) == (self._fp32_title, FP32)
-        return compare_pairs(
-            expected if same else self._embed(model_of(encoder), precision),
-            expected,
-            self._bundle.spec,
-            source=self._pairs.description,
-            scale=encoder.logit_factor,
-            allowed=allowed_recall_drop(self._bundle, precision) if asked is None else asked,
-        )
-
-    def _index_safety(self, encoder: Encoder) -> IndexSafety | None:
-        if self._index is None:
-            return None
-        assert self._asked.inputs is not None and self._asked.index is not None
-        vectors = embed_inputs(encoder, self._asked.inputs.read(), progress=self._progress)
-        return compare_index(self._index, vectors, name=Path(self._asked.index).name)
-
-
 def _environment(device: str | None) -> tuple[tuple[str, str], ...]:
     """What the figures depend on, for whoever reads them elsewhere."""
     machine = describe(device or "cpu")
@@ -263,24 +75,3 @@ def _environment(device: str | None) -> tuple[tuple[str, str], ...]:
     facts = [("machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}"), *gpu]
     versions = [("python", machine["python"]), *machine["versions"].items()]
     return (*facts, *versions, ("time", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())))
-
-
-def _original(reference: Reference | None) -> Model:
-    assert reference is not None
-    return Model(
-        texts=reference.embed_text, pictures=lambda chunk: reference.embed_image([s.data for s in chunk.samples])
-    )
-
-
-def _require_both_towers(bundle: Bundle) -> None:
-    lacking = [tower for tower in ("text", "image") if tower not in bundle.spec.towers]
-    lacking += [
-        f"embeddings of the {tower} tower"
-        for tower in bundle.spec.towers
-        if "embedding" not in bundle.graph(tower).outputs
-    ]
-    if lacking:
-        raise InputError(
-            f"pairs take both towers and their embeddings; this bundle lacks {' and '.join(lacking)}",
-            hint="build it again with both towers and --outputs embedding",
-        )
