@@ -9,11 +9,10 @@ residual   the whole residual stream times 2e5
 
 Those are hard on half precision, this one on 8 bits:
 
-outliers   every twentieth channel, two at least, of both norms and of the values times 10 to 100, what reads them
-           divided by the same: half holds that, one 8-bit scale for all channels does not
-
-Real CLIPs also have residual channels that are far from zero for every input. A LayerNormalization takes the mean and
-the variance of all channels together, so a constant on one of them changes all others: no such shift is exact.
+outliers   a residual channel that is far from zero for every input, where that can be had exactly, or else all of them
+           shifted by the same: see residual.py. Then every twentieth channel, two at least, of both norms and of the
+           values times 10 to 100, what reads them divided by the same: half holds that, one 8-bit scale for all
+           channels does not
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+import residual
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -40,6 +40,13 @@ def harden(source: Path, target: Path, hardening: Hardening) -> Path:
     shutil.copytree(source, target)
     state = load_file(target / "model.safetensors")
     hardened = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    if hardening == "outliers":
+        towers = residual.reflectable(hardened)
+        for tower in towers:
+            width = len(hardened[f"{tower}.encoder.layers.0.layer_norm1.weight"])
+            residual.reflect(hardened, source, tower, _outlying(width)[-1])
+        if residual.IMAGE not in towers:
+            residual.shift(hardened)
     change = {"overflow": _overflow, "underflow": _underflow, "residual": _residual_layer, "outliers": _outliers}
     for layer in sorted({match[0] for name in state if (match := re.match(r".*encoder\.layers\.\d+", name))}):
         change[hardening](hardened, layer)
@@ -66,13 +73,18 @@ def _underflow(state: State, layer: str) -> None:
 
 def _outliers(state: State, layer: str) -> None:
     scale = torch.ones_like(state[f"{layer}.layer_norm1.weight"])
-    channels = torch.arange(3, len(scale), len(scale) // max(2, len(scale) // 20))
+    channels = _outlying(len(scale))
     scale[channels] = torch.logspace(1, 2, len(channels))
     for norm, linears in (("layer_norm1", _FIRST), ("layer_norm2", ("mlp.fc1",))):
         _scale_norm(state, f"{layer}.{norm}", [f"{layer}.{linear}" for linear in linears], scale)
     state[f"{layer}.self_attn.v_proj.weight"] *= scale[:, None]
     state[f"{layer}.self_attn.v_proj.bias"] *= scale
     state[f"{layer}.self_attn.out_proj.weight"] /= scale
+
+
+def _outlying(width: int) -> list[int]:
+    """The channels that are made large."""
+    return list(range(3, width, width // max(2, width // 20)))
 
 
 _RESIDUAL = 2e5

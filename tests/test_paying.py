@@ -6,10 +6,11 @@ that no test depends on what else this machine does.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import pytest
 from pictures import draw_held_out
 
 import clip_export
-from clip_export import paying
+from clip_export import extension, paying
 from clip_export.bundle import Bundle
+from clip_export.choice import Choice
+from clip_export.compilation import PlanOptions
 from clip_export.errors import BackendError, ContractError, SpeedError
+from clip_export.extension import find_targets
 from clip_export.precision_map import HIGH, read_map
 from clip_export.quantization import Quantization
 from clip_export.speed import Ratio
@@ -142,6 +146,72 @@ def test_plans_of_8_bits_are_faster_than_fp16_or_refused(bundle: Path, pictures:
         assert precisions == {"int8", "fp16"}
         report = json.loads((bundle / "report.json").read_text())["precisions"]["int8"]
         assert all(row["low"] > 1 for gpu in report["speed"].values() for row in gpu["image"].values())
+
+
+@pytest.fixture
+def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[SpeedError | None], list[tuple[Any, ...]]]:
+    """Say that the GPU here is an sm_89 that runs every plan as its graph says; what is timed there is in the list.
+
+    Plans are compiled for real; whether they pay is given: an error, or that they do.
+    """
+
+    def give(verdict: SpeedError | None) -> list[tuple[Any, ...]]:
+        timed: list[tuple[Any, ...]] = []
+        (known,) = find_targets("tensorrt-rtx", ["sm_89"], "int8", PlanOptions())
+        monkeypatch.setattr(
+            extension, "find_targets", lambda *_, **__: [dataclasses.replace(known, gpu="a GPU of this test")]
+        )
+        monkeypatch.setattr(
+            extension, "verify_choice", lambda bundle, choice, **_: clip_export.verify(bundle, precision="fp32")
+        )
+
+        def paid(bundle: Bundle, candidate: Choice, baseline: Choice, batches: Sequence[int]) -> dict[str, Any]:
+            plans = candidate.plans["image"], baseline.plans["image"]
+            assert all((bundle.path / plan.file).stat().st_size > 10_000 for plan in plans)
+            assert plans[0].profiles == plans[1].profiles
+            timed.append((*(plan.precision for plan in plans), list(batches)))
+            if verdict is not None:
+                raise verdict
+            return {"image": {str(batch): {"ratio": 1.5} for batch in batches}}
+
+        monkeypatch.setattr(extension, "require_paid", paid)
+        return timed
+
+    return give
+
+
+def _with_plans(bundle: Path, pictures: Path, **asked: Any) -> Bundle:
+    return clip_export.extend(
+        bundle,
+        precision="int8",
+        engine="tensorrt-rtx",
+        options=PlanOptions(batches=(1, 4)),
+        calibration=[pictures],
+        quantization=dataclasses.replace(FAST, **asked),
+    )
+
+
+def test_plans_are_timed_beside_fp16_at_the_batches_of_their_profiles(
+    bundle: Path, pictures: Path, gpu_here: Callable[[SpeedError | None], list[tuple[Any, ...]]]
+) -> None:
+    timed = gpu_here(None)
+    made = _with_plans(bundle, pictures)
+    assert timed == [("int8", "fp16", [1, 4])]
+    assert {plan.precision for plan in made.manifest.plans} == {"int8", "fp16"}  # those of fp16 stay
+    assert list(made.report()["precisions"]["int8"]["speed"]["sm_89"]["image"]) == ["1", "4"]
+
+
+def test_plans_that_are_no_faster_than_fp16_are_not_published(
+    bundle: Path, pictures: Path, gpu_here: Callable[[SpeedError | None], list[tuple[Any, ...]]]
+) -> None:
+    timed, before = gpu_here(SpeedError("0.9 times as fast", hint="none")), contents(bundle)
+    with pytest.raises(SpeedError, match="times as fast"):
+        _with_plans(bundle, pictures)
+    assert len(timed) == 1
+    assert contents(bundle) == before
+    made = _with_plans(bundle, pictures, allow_slower=True)
+    assert len(timed) == 1
+    assert {plan.precision for plan in made.manifest.plans} == {"int8"}
 
 
 def test_int8cpu_that_misses_its_contract_names_the_layers_that_are_furthest_off(bundle: Path, pictures: Path) -> None:

@@ -244,14 +244,13 @@ def test_divisors_that_do_not_fit_are_refused(tmp_path: Path, divisors: dict[str
     assert not (tmp_path / "s.onnx").exists()
 
 
-def test_the_outliers_hardening_changes_inputs_and_no_embedding(tmp_path: Path) -> None:
+def test_the_outliers_hardening_changes_inputs_and_no_embedding(demo_bundle: Path, tmp_path: Path) -> None:
     """What the 8-bit tests stand on: the same fp32 tower, with channels of inputs ten times and more above the rest."""
     source = Path(clip_export.__file__).parent / "demo"
-    clip_export.build(source, tmp_path / "plain")
     clip_export.build(harden(source, tmp_path / "checkpoint", "outliers"), tmp_path / "hard")
     shutil.rmtree(tmp_path / "checkpoint")
     for tower in TOWERS:
-        plain, hard = (golden_sample(tmp_path / name, tower) for name in ("plain", "hard"))
+        plain, hard = (golden_sample(path, tower) for path in (demo_bundle, tmp_path / "hard"))
         require_same(plain.graph, hard.graph, plain)
         for layer in BLOCK[:3]:
             linear = next(lin for lin in find_linears(ir.load(hard.graph).graph) if layer in lin.name)
@@ -259,6 +258,10 @@ def test_the_outliers_hardening_changes_inputs_and_no_embedding(tmp_path: Path) 
                 np.abs(values(sample.graph, [linear.source], plain.feeds[0], tmp_path)[linear.source]).max(axis=(0, 1))
                 for sample in (plain, hard)
             ]
-            grown = channels[1] / channels[0]
-            assert np.isclose(grown, 1, rtol=1e-3).mean() >= 0.9
+            if tower == "text" and "attention.out" not in layer:  # in the basis that was reflected, its gains folded
+                grown = channels[1] / np.median(channels[1])
+                assert (grown < 5).mean() >= 0.9
+            else:
+                grown = channels[1] / channels[0]
+                assert np.isclose(grown, 1, rtol=1e-3).mean() >= 0.9
             assert (grown > 9.9).sum() >= 2 and grown.max() > 99

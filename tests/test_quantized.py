@@ -32,6 +32,7 @@ from clip_export.commands import app
 from clip_export.compilation import PlanOptions
 from clip_export.errors import ClipExportError, ContractError, InputError
 from clip_export.extension import find_targets
+from clip_export.feeds import gather
 from clip_export.judging import Reference
 from clip_export.manifest import SCHEMA_VERSION, Contract
 from clip_export.precision.search import most_evaluations, search
@@ -411,6 +412,22 @@ def test_pictures_of_one_colour_calibrate_nothing(image_bundle: Path, tmp_path: 
     with pytest.raises(InputError, match="all of the 4 calibration pictures that are held out are of one colour each"):
         clip_export.extend(image, precision="auto", calibration=[tmp_path / "plain"], quantization=FAST)
     assert contents(image) == before
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_picture_that_cannot_be_read_leaves_nothing_half_done(
+    image_bundle: Path, tmp_path: Path, held_out: bool
+) -> None:
+    """Whether it is met before anything else, or among those that are calibrated on."""
+    image, folder = Path(shutil.copytree(image_bundle, tmp_path / "image")), tmp_path / "noise"
+    write_pictures(folder, plain=0, noise=16)
+    samples = gather(Bundle.open(image), [folder], None).towers["image"]
+    damaged = Path(samples.items[int(np.flatnonzero(samples.held_out == held_out)[-1])])
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    before = contents(tmp_path)
+    text = error_of(run("build", image, "--precision", "int8", "--calibration", folder))
+    assert f"'{damaged}' cannot be decoded" in text
+    assert contents(tmp_path) == before
 
 
 def test_a_poor_choice_of_pictures_costs_layers_and_not_the_contract(

@@ -68,17 +68,21 @@ def _least_error(magnitudes: np.ndarray, top: float, format_: Format) -> float:
     there is to know.
     """
     bins = np.minimum(magnitudes * (_MAGNITUDES / top), _MAGNITUDES - 1).astype(np.int64)
-    counts = np.bincount(bins, minlength=_MAGNITUDES)
-    held = np.flatnonzero(counts)
-    centres = ((held + 0.5) / _MAGNITUDES).astype(np.float32)
-    errors = [_squared_error(centres, counts[held], format_, ratio) for ratio in RATIOS.tolist()]
+    every = np.bincount(bins, minlength=_MAGNITUDES)
+    held = np.flatnonzero(every)
+    centres, counts = ((held + 0.5) / _MAGNITUDES).astype(np.float32), every[held].astype(np.float64)
+    errors = [_squared_error(centres, counts, format_, ratio) for ratio in RATIOS.tolist()]
     return top * float(RATIOS[int(np.argmin(errors))])
 
 
 def _squared_error(values: np.ndarray, counts: np.ndarray, format_: Format, limit: float) -> float:
-    """The sum of squared errors of `values`, each of them `counts` times, where `limit` is the largest number."""
-    lost = format_.quantize(values, limit / format_.largest) - values
-    return float(np.dot(np.square(lost, dtype=np.float64), counts))
+    """The sum of squared errors of `values`, each of them `counts` times, where `limit` is the largest number.
+
+    Not by np.dot: BLAS adds in an order that hangs on how many threads it has, and on a busy machine waits for them.
+    """
+    squares = np.square(format_.quantize(values, limit / format_.largest) - values, dtype=np.float64)
+    squares *= counts
+    return float(squares.sum())
 
 
 def _least_divergence(rows: np.ndarray) -> float:
