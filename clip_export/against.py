@@ -184,12 +184,15 @@ def open_reference(against: str, bundle: Bundle) -> Reference:
 class Expected:
     """What a reference gives, by tower: `inputs` by name, ids or pixels in `front`, and embeddings.
 
-    It is asked once, whatever is compared with it, and can be freed before an engine is opened.
+    It is asked once, whatever is compared with it, and can be freed before an engine is opened. The first `golden` of a
+    tower's inputs are golden samples; `lacking` says in words whose embeddings there are none of.
     """
 
     reference: str
     version: str
     notes: tuple[str, ...]
+    lacking: tuple[str, ...]
+    golden: Mapping[Tower, int]
     inputs: Mapping[Tower, Mapping[str, Any]]
     front: Mapping[Tower, Ints]
     embeddings: Mapping[Tower, Floats]
@@ -224,28 +227,34 @@ def run_reference(
             if "embedding" in bundle.graph(tower).outputs:
                 embeddings[tower] = reference.embed_text(items) if text else reference.embed_image(items)
     progress(reference.name, len(towers), len(towers))
-    notes = [
-        f"the {tower} graph gives no embeddings, so only its {_FRONT[tower]} were compared"
+    lacking = [
+        f"the {tower} graph gives no embeddings, so only its {_FRONT[tower]} were compared with {reference.name}"
         for tower in towers
         if tower not in embeddings
     ]
     return Expected(
         reference=reference.name,
         version=reference.version,
-        notes=(*reference.notes, *notes),
+        notes=reference.notes,
+        lacking=tuple(lacking),
+        golden={"text": len(_golden_texts(bundle)), "image": len(_golden_images(bundle))},
         inputs={tower: inputs[tower] for tower in towers},
         front=front,
         embeddings=embeddings,
     )
 
 
-def compare(encoder: Encoder, expected: Expected, *, precision: str, required: float) -> Comparison:
+def compare(
+    encoder: Encoder, expected: Expected, *, precision: str, required: float, all_judged: bool = True
+) -> Comparison:
     """Compare `encoder`, which runs `precision`, with what a reference gave; `required` is the least cosine.
 
-    Raises CheckpointError where ids or pixels have another shape.
+    Where not `all_judged`, only golden samples are: what hostile inputs lose is told in `notes`. Raises CheckpointError
+    where ids or pixels have another shape.
     """
     stages: list[Stage] = []
     rows: list[Row] = []
+    told: list[str] = []
     with _quietly():
         for tower in encoder.towers:
             text, names, items = tower == "text", list(expected.inputs[tower]), list(expected.inputs[tower].values())
@@ -258,13 +267,21 @@ def compare(encoder: Encoder, expected: Expected, *, precision: str, required: f
                     if text
                     else encoder.encode_image(items, normalize=False)
                 )
-                rows.append(_row(tower, names, found, expected.embeddings[tower], **options))
+                count = len(items) if all_judged else expected.golden[tower]
+                goal = expected.embeddings[tower]
+                rows.append(_row(tower, names[:count], found[:count], goal[:count], **options))
+                if count < len(items):
+                    other = _row(tower, names[count:], found[count:], goal[count:], **options)
+                    told.append(
+                        f"{precision} {tower}: hostile inputs are told of and not judged: least cosine "
+                        f"{other.min_cosine:.7f} to {expected.reference}, of {other.furthest!r}"
+                    )
     return Comparison(
         reference=expected.reference,
         version=expected.version,
         stages=tuple(stages),
         rows=tuple(rows),
-        notes=expected.notes,
+        notes=(*expected.notes, *told),
     )
 
 

@@ -27,13 +27,24 @@ from clip_export.index_search import Neighbours, blocks, nearest, scores_of
 from clip_export.pairs import spread
 from clip_export.retrieval import TIE
 
-__all__ = ["LIMITS", "NEIGHBOURS", "QUERIES", "IndexSafety", "Limit", "compare_index", "open_index"]
+__all__ = [
+    "LEAST",
+    "LIMITS",
+    "NEIGHBOURS",
+    "QUERIES",
+    "IndexSafety",
+    "Limit",
+    "check_index",
+    "compare_index",
+    "open_index",
+]
 
 Floats: TypeAlias = npt.NDArray[np.floating]
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 NEIGHBOURS = 10
 QUERIES = 2000
+LEAST = 10 * NEIGHBOURS + 1  # of fewer, the nearest are a large part of all, and stay the same by chance
 _UNIT = 1e-2  # lengths this near to 1 are those of normalized rows: float16 rounds them by less
 
 
@@ -127,7 +138,7 @@ class IndexSafety:
             return (
                 "Mix freely: new vectors may be added to this index and searched for in it. "
                 f"{self.neighbour_overlap:.1%} of the {NEIGHBOURS} nearest stay the same, and scores change by "
-                f"{self.shift_mean:+.5f} on average."
+                f"{round(self.shift_mean, 5) + 0.0:+.5f} on average."
             )
         if self.misplaced > 0.5:
             return (
@@ -184,24 +195,9 @@ def compare_index(index: Floats, engine: Floats, *, queries: int = QUERIES, name
     """Compare `engine`, float [n, dim], with the vectors of an `index`, float [n, dim], made of the same inputs.
 
     float16 to float64, of any length; `index` is read in blocks, twice. Raises InputError, which calls the index
-    `name`, for other counts or dimensions, for fewer than 11 vectors, and for a row that is zero or not finite.
+    `name`, for other counts or dimensions, for fewer than LEAST vectors, and for a row that is zero or not finite.
     """
-    _check_array(index, name)
-    if index.shape[1] != engine.shape[1]:
-        raise InputError(
-            f"{name} has vectors of {index.shape[1]} dimensions, the engine gives {engine.shape[1]}",
-            hint="another model made it: re-embed, or verify the bundle of that model",
-        )
-    if len(index) != len(engine):
-        raise InputError(
-            f"{name} has {len(index)} vectors, and {len(engine)} inputs were given",
-            hint="give the inputs of the index, all of them, in its order",
-        )
-    if len(index) <= NEIGHBOURS:
-        raise InputError(
-            f"{name} has {len(index)} vectors, expected at least {NEIGHBOURS + 1}: each and {NEIGHBOURS} others",
-            hint="some thousand are a good number",
-        )
+    _check_shape(index, len(engine), engine.shape[1], name)
     own, normalized, repeated = _one_by_one(index, engine, name)
     asked = spread(len(index), queries)
     new, old = unit_rows(engine[asked]), unit_rows(np.asarray(index[asked]))
@@ -224,6 +220,32 @@ def compare_index(index: Floats, engine: Floats, *, queries: int = QUERIES, name
         repeated=repeated,
         normalized=normalized,
     )
+
+
+def check_index(index: Floats, count: int, dim: int, *, name: str = "the index") -> None:
+    """Raise InputError for an index that cannot be compared with `count` vectors of `dim`; reads all of it, once."""
+    _check_shape(index, count, dim, name)
+    for part in blocks(len(index)):
+        _lengths(np.asarray(index[part]), part.start, name)
+
+
+def _check_shape(index: Floats, count: int, dim: int, name: str) -> None:
+    _check_array(index, name)
+    if index.shape[1] != dim:
+        raise InputError(
+            f"{name} has vectors of {index.shape[1]} dimensions, the engine gives {dim}",
+            hint="another model made it: re-embed, or verify the bundle of that model",
+        )
+    if len(index) != count:
+        raise InputError(
+            f"{name} has {len(index)} vectors, and {count} inputs were given",
+            hint="give the inputs of the index, all of them, in its order",
+        )
+    if count < LEAST:
+        raise InputError(
+            f"{name} has {count} vectors, expected at least {LEAST}: of fewer, the {NEIGHBOURS} nearest say nothing",
+            hint="some thousand are a good number",
+        )
 
 
 def _overlap(index: Floats, old: Doubles, found: Neighbours, expected: Neighbours, k: int) -> float:

@@ -22,11 +22,13 @@ import numpy.typing as npt
 
 from clip_export import checkpoints
 from clip_export.bundle import Bundle
-from clip_export.encoder import Floats
+from clip_export.choice import FP32
+from clip_export.encoder import Encoder, Floats
 from clip_export.errors import CheckpointError, MissingDependencyError
 from clip_export.images import ImageInput, open_image
 from clip_export.pipeline import reference
 from clip_export.spec import Activation, Dialect, to_dict
+from clip_export.verification import CONTRACTS, golden_outputs, golden_rows
 
 __all__ = ["OpenClip", "TorchTowers", "Transformers"]
 
@@ -61,6 +63,8 @@ class TorchTowers:
         if changed:
             self.notes = (f"not the files that the bundle was built from: {', '.join(changed)}",)
         self._encoder = reference(checkpoint, options)
+        if changed:
+            _require_same_outputs(bundle, self._encoder, self.name, changed)
 
     def ids(self, texts: Sequence[str]) -> Ints:
         return self._encoder.tokenize(texts, truncate=True)
@@ -259,6 +263,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
         elif value is not None:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def _require_same_outputs(bundle: Bundle, encoder: Encoder, name: str, changed: Sequence[str]) -> None:
+    """Raise CheckpointError where a checkpoint of other files gives other embeddings for the golden samples too."""
+    golden = bundle.golden()
+    rows = golden_rows(golden_outputs(encoder, golden), golden, precision=FP32, engine=name, required=CONTRACTS[FP32])
+    worst = min(rows, key=lambda row: np.nan_to_num(row.min_cosine, nan=-1.0))
+    if not worst.passed:
+        raise CheckpointError(
+            f"{name} is not the checkpoint that {bundle.name} was built from: {', '.join(changed)} differ, "
+            f"and so do its {worst.tower} outputs, min cosine {worst.min_cosine:.6f} over golden samples",
+            hint="compare with the checkpoint itself, or build a bundle of this one",
+        )
 
 
 def _changed(built: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

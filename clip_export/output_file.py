@@ -18,6 +18,7 @@ from typing import BinaryIO
 from clip_export.errors import OutputError
 
 _HINTS = {
+    errno.EEXIST: "there is a file of that name: choose another",
     errno.EACCES: "choose another directory with -o, or change the permissions of this one",
     errno.EDQUOT: "free some of your quota, or write to another disk",
     errno.EFBIG: "write fewer rows, or to another file system",
@@ -60,6 +61,16 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{os.fsdecode(path)} cannot be written: {reason(error)}", hint=hint_for(error)) from error
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError where `staged_file` could not write `path`: before minutes of work, not after."""
+    target = Path(os.path.realpath(path))
+    _check_place(target)
+    probe = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
+    with writing(path):
+        probe.touch()
+        probe.unlink()
 
 
 def reason(error: OSError) -> str:

@@ -82,7 +82,7 @@ class PairSource(Protocol):
 
     @property
     def description(self) -> str:
-        """For example "120 pairs of photos"."""
+        """For example "pairs of photos"."""
         ...
 
     def __iter__(self) -> Iterator[Sample]:
@@ -101,7 +101,7 @@ class FolderPairs:
     @property
     def description(self) -> str:
         """See `PairSource`."""
-        return f"{sum(map(len, self.captions.values()))} pairs of {self.folder.name}"
+        return f"pairs of {self.folder.name}"
 
     def __iter__(self) -> Iterator[Sample]:
         for file, captions in self.captions.items():
@@ -122,7 +122,7 @@ class TarPairs:
     @property
     def description(self) -> str:
         """See `PairSource`."""
-        return f"the pairs of {self.name}"
+        return f"pairs of {self.name}"
 
     def __iter__(self) -> Iterator[Sample]:
         for path in self.paths:

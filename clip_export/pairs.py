@@ -208,6 +208,12 @@ def _json_rows(path: Path, text: str) -> Iterator[_Row]:
         file, caption, label = values.get("file"), values.get("caption"), values.get(_LABEL) or ""
         if not (isinstance(file, str) and isinstance(caption, str)):
             raise _error(path, number, 'expected an object with the strings "file" and "caption"', _JSON_HINT)
+        if not caption.isascii():
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                message = f"the caption holds half of a surrogate pair, {caption[error.start]!a}"
+                raise _error(path, number, message, "write the character itself, or both halves") from error
         if not isinstance(label, str):
             raise _error(path, number, f"the label is {label!r}, expected a string", _JSON_HINT)
         yield _Row(number, file, caption, label)

@@ -239,7 +239,7 @@ def test_verify(tiny_bundle: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[-3:] == [
         "token ids and pixels: equal",
-        "hostile inputs, batches, threads, fp32: 14 of 14 checks passed",
+        "hostile inputs, batches, threads, fp32: 12 of 12 checks passed",
         "passed",
     ]
     found = json.loads(run("verify", tiny_bundle, "--json", "--golden-only").stdout)

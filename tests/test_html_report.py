@@ -168,7 +168,7 @@ def report(*, passed: bool = True, shown: int = 8) -> ReportContents:
                 ),
             ),
         ),
-        notes=("bf16 was not measured: no GPU here; run on a machine that has one",),
+        unmeasured=("bf16 was not measured: no GPU here; run on a machine that has one",),
         environment=(
             ("clip-export", "0.5.0"),
             ("onnxruntime", "1.23.2"),
@@ -276,6 +276,7 @@ def everywhere(text: str) -> ReportContents:
         ],
         retrievals=[Retrieval(engine=text, pairs=1, figures=[figure], flips=[flip], notes=[text])],
         indexes=[IndexSafety(engine=text, verdict="failed", sentence=text, figures=[figure])],
+        unmeasured=[text],
         notes=[text],
         environment=[(text, text)],
         command=text,

@@ -99,6 +99,6 @@ def test_files_that_are_no_index(tmp_path: Path) -> None:
 
 
 def test_too_few_vectors_have_no_ten_neighbours() -> None:
-    with pytest.raises(InputError, match="10 vectors, expected at least 11"):
+    with pytest.raises(InputError, match="10 vectors, expected at least 101"):
         compare_index(vectors(10), vectors(10))
-    assert compare_index(vectors(11), vectors(11)).safe
+    assert compare_index(vectors(101), vectors(101)).safe

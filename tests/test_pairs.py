@@ -119,6 +119,11 @@ def test_labels_are_of_files_and_may_be_missing(folder: Path) -> None:
         find_pairs(folder)
 
 
+def test_half_of_a_surrogate_pair(folder: Path) -> None:
+    write(folder, "captions.jsonl", '{"file": "a.png", "caption": "a \\ud83d cat"}')
+    assert failure(folder) == r"DIR/captions.jsonl, line 1: the caption holds half of a surrogate pair, '\ud83d'"
+
+
 def test_a_folder_without_captions(folder: Path) -> None:
     assert find_pairs(folder) is None
     assert find_pairs(folder / "nowhere") is None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,23 @@ import browser
 import numpy as np
 import pictures
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import clip_export
 from clip_export import backends, verification, verifying
 from clip_export.commands import app
 from clip_export.encoder import Encoder
-from clip_export.errors import BackendError, CheckpointError, DeviceError, InputError, MissingDependencyError
+from clip_export.errors import (
+    BackendError,
+    CheckpointError,
+    DeviceError,
+    InputError,
+    MissingDependencyError,
+    OutputError,
+)
 from clip_export.pair_sources import open_pairs
+from clip_export.retrieval import Recall
 from clip_export.verifying import KEYS, Asked, IndexInputs, Verification, ranks, running, work, zero_shot
 from clip_export.verifying.report import write
 
@@ -54,11 +66,11 @@ def everything(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Verifi
 
 
 def made_index(bundle: Path, folder: Path) -> tuple[Path, Path]:
-    """Vectors of twelve of the demo's pictures by the bundle itself, and the folder of these pictures."""
+    """Vectors of the demo's pictures by the bundle itself, and the folder of these pictures."""
     images = folder / "images"
     images.mkdir()
-    for number, sample in enumerate(list(open_pairs("demo"))[:12]):
-        (images / f"{number:02}.jpg").write_bytes(sample.data)
+    for number, sample in enumerate(open_pairs("demo")):
+        (images / f"{number:03}.jpg").write_bytes(sample.data)
     with clip_export.load(bundle) as clip:
         np.save(folder / "index.npy", clip.encode_image(sorted(images.iterdir())))
     return folder / "index.npy", images
@@ -163,8 +175,8 @@ def test_pairs_that_are_not_found_any_more_fail(bundle: Path, tmp_path: Path, mo
     found = clip_export.verify(bundle, pairs="demo", hostile=False)
     retrieval = found.runs[0].retrieval
     assert found.verdict == "failed"
-    assert retrieval is not None and retrieval.drop > 90
-    assert "R@1 falls by" in found.sentences[0]
+    assert retrieval is not None and min(retrieval.drop.image_to_text, retrieval.drop.text_to_image) > 90
+    assert "R@1 image to text falls by" in found.sentences[0]
     flip = retrieval.to_dict()["flips"][0]
     assert flip["query"]["picture"].endswith(".jpg") and flip["engine_rank"] > flip["reference_rank"]
     assert retrieval.zero_shot is not None and retrieval.zero_shot.engine < 0.5 < retrieval.zero_shot.reference
@@ -176,8 +188,16 @@ def test_pairs_that_are_not_found_any_more_fail(bundle: Path, tmp_path: Path, mo
 def test_one_pair_is_never_too_many(everything: Verification) -> None:
     retrieval = everything.runs[0].retrieval
     assert retrieval is not None
-    one, two = (dataclasses.replace(retrieval, drop=100 * count / 128) for count in (1, 2))
-    assert one.passed and not two.passed
+    one, two = 100 / 128, 200 / 128
+    for images, texts, passed in ((one, one, True), (two, one, False), (one, two, False)):
+        drop = Recall(image_to_text=images, text_to_image=texts)
+        assert dataclasses.replace(retrieval, drop=drop).passed is passed
+
+
+def test_a_picture_with_several_captions_is_one_picture(bundle: Path, folder: Path) -> None:
+    found = clip_export.verify(bundle, precision="fp16", pairs=folder, hostile=False).runs[0].retrieval
+    assert found is not None
+    assert found.allowed == Recall(image_to_text=100 * 2 / 5, text_to_image=100 / 5)
 
 
 def test_an_index_of_another_model_fails(bundle: Path, tmp_path: Path) -> None:
@@ -190,7 +210,7 @@ def test_an_index_of_another_model_fails(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_an_index_of_texts(bundle: Path, tmp_path: Path) -> None:
-    texts = [f"a photo of {number} circles" for number in range(11)]
+    texts = [f"a photo of {number} circles" for number in range(101)]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     with clip_export.load(bundle) as clip:
         np.save(tmp_path / "texts.npy", clip.encode_text(texts))
@@ -200,7 +220,7 @@ def test_an_index_of_texts(bundle: Path, tmp_path: Path) -> None:
     assert "Mix freely" in result.stdout
     (tmp_path / "texts.txt").write_text("\n".join(texts[1:]))
     result = run(bundle, *asked, "--texts", tmp_path / "texts.txt")
-    assert (result.exit_code, "has 11 vectors, and 10 inputs were given" in result.stderr) == (2, True)
+    assert (result.exit_code, "has 101 vectors, and 100 inputs were given" in result.stderr) == (2, True)
 
 
 # What cannot be measured
@@ -272,6 +292,7 @@ def test_a_bundle_that_was_changed_is_exit_code_1(bundle: Path, tmp_path: Path) 
 def test_options_that_do_not_go_together(bundle: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "index.npy", np.ones((20, 128), np.float32))
     (tmp_path / "texts.txt").write_text("a\n" * 20)
+    (tmp_path / "file").touch()
     for args, said in (
         (("--index", tmp_path / "index.npy"), "go together"),
         (("--texts", tmp_path / "texts.txt"), "go together"),
@@ -284,6 +305,7 @@ def test_options_that_do_not_go_together(bundle: Path, tmp_path: Path) -> None:
         (("--index", tmp_path / "nothing.npy", "--texts", tmp_path / "texts.txt"), "cannot be read"),
         (("--index", tmp_path / "index.npy", "--texts", tmp_path / "no.txt"), "no.txt cannot be read"),
         (("--pairs", tmp_path), "neither pictures nor captions"),
+        (("--report", tmp_path / "file"), "file cannot be written: file exists"),
     ):
         result = run(bundle, "--golden-only", "--precision", "fp32", *args)
         assert result.exit_code == 2, args
@@ -315,6 +337,80 @@ def test_a_picture_that_does_not_decode(bundle: Path, folder: Path, tmp_path: Pa
 def test_pairs_take_both_towers(image_bundle: Path, folder: Path) -> None:
     with pytest.raises(InputError, match="pairs take both towers and their embeddings; this bundle lacks text"):
         clip_export.verify(image_bundle, pairs=folder, hostile=False)
+
+
+def test_inputs_that_fail_late_cost_nothing_that_was_measured(bundle: Path, tmp_path: Path) -> None:
+    index, images = made_index(bundle, tmp_path)
+    (images / "050.jpg").write_bytes(b"no picture")
+    asked = ("--precision", "fp32", "--golden-only", "--index", index, "--images", images)
+    result = run(bundle, *asked)
+    assert result.exit_code == 2
+    assert "ok" in result.stdout
+    assert "NOT MEASURED: the index: " in result.stdout
+    assert run(bundle, *asked, "--min-cosine", "1").exit_code == 1  # which is worse
+
+
+def test_another_checkpoint_of_the_same_shape_is_not_blamed_on_the_bundle(bundle: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(Path(clip_export.__file__).parent / "demo", tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    noise = np.random.default_rng(0)
+    save_file(
+        {name: (value + 0.02 * noise.normal(size=value.shape)).astype(value.dtype) for name, value in weights.items()},
+        other / "model.safetensors",
+    )
+    with pytest.raises(CheckpointError, match=r"is not the checkpoint that demo was built from: .*model\.safetensors"):
+        clip_export.verify(bundle, against=str(other), hostile=False)
+
+
+def test_without_embeddings_an_original_compares_ids_alone_and_that_is_said(demo_hidden: Path) -> None:
+    found = clip_export.verify(demo_hidden, against="demo", hostile=False)
+    assert found.verdict == "not measured"
+    assert found.unmeasured[0].startswith("the text graph gives no embeddings, so only its ids were compared with demo")
+
+
+def test_what_8_bits_lose_on_hostile_inputs_is_told_and_not_judged(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_CALIBRATED", ("fp16",))
+    found = clip_export.verify(bundle, precision="fp16", against="demo")
+    (one,) = found.runs
+    assert one.comparison is not None
+    golden = {row.tower: row.samples for row in one.rows}
+    assert {row.tower: row.samples for row in one.comparison.rows} == golden
+    assert any("hostile inputs are told of and not judged" in note for note in found.notes)
+    found = clip_export.verify(bundle, precision="fp16")
+    assert any(note.startswith("fp16 text: against fp32, told and not judged") for note in found.notes)
+
+
+def test_a_reader_who_goes_early_changes_nothing(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clip_export", "verify", str(bundle), "--precision", "fp32", "--golden-only"]
+    line = f"{shlex.join([*command, '--report', str(tmp_path / 'r')])} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "demo on onnxruntime, cpu\n")
+    assert (tmp_path / "r" / "index.html").is_file()
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_a_failure(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_export.verifying.report.write_report", full_disk)
+    asked = ("--precision", "fp32", "--golden-only", "--report", tmp_path / "r")
+    result = run(bundle, *asked)
+    assert (result.exit_code, "no space left" in result.stderr) == (2, True)
+    result = run(bundle, *asked, "--min-cosine", "1")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (1, "FAILED: below the contract")
+
+
+def full_disk(*_: object) -> None:
+    raise OutputError("r cannot be written: no space left on device")
+
+
+@pytest.fixture(scope="module")
+def demo_hidden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hidden") / "demo"
+    clip_export.build("demo", path, towers=["text"], outputs=["hidden_states"])
+    return path
 
 
 # Pairs

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from clip_export.benching.end_to_end import EndToEnd
 
+_ALL = 100  # times
 _LARGE = 4  # times the pixels that the tower sees: decoding and resizing are mostly of what is thrown away
 
 
 def advice(found: EndToEnd) -> str:
     """One line: what binds, its share, the most that can be gained there (Amdahl's law), and how."""
     stage = found.binds
-    share = found.shares[stage]
-    most = "" if share > 0.99 else f", at most {1 / (1 - share):.1f} times as fast without it"
-    return f"{stage} binds ({share:.0%} of the time, one stage after the other{most}): {_what_to_do(found, stage)}"
+    most = f"at most {found.gain:.2g} times as fast without it" if found.gain < _ALL else "nearly all of it"
+    return f"{stage} binds ({most}): {_what_to_do(found, stage)}"
 
 
 def _what_to_do(found: EndToEnd, stage: str) -> str:

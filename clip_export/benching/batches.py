@@ -41,6 +41,11 @@ class Batch:
         return self.tower if self.lengths is None else f"{self.tower}, {self.lengths}"
 
     @property
+    def key(self) -> str:
+        """Tells it from every other batch of a benchmark."""
+        return f"{self.title}, {self.size}"
+
+    @property
     def axes(self) -> dict[str, int]:
         """The moving axes of the graph, by the names that it has for them."""
         return {"batch": self.size} | ({} if self.length is None else {"sequence": self.length})

@@ -26,6 +26,7 @@ _TIMING = {
     "median": "seconds of one call, the median over rounds, each of which counts as its median call",
     "low": "the lower end of the interval that holds the true median with `confidence`",
     "high": "its upper end",
+    "mean": "seconds of one call, the mean over all calls",
     "spread": "half the interquartile range of the rounds, as a fraction of the median",
     "rounds": "how often every contestant had its turn",
     "calls": "how many calls were timed",
@@ -33,7 +34,7 @@ _TIMING = {
 KEYS: dict[str, str] = {
     "schema_version": "of this layout: 1",
     "bundle": "the name of the bundle",
-    "measured": "whether anything was timed; where not, left_out says why, and the exit code is 2",
+    "measured": "whether all that was asked of the bundle itself was; if not, left_out says why; the exit code is 2",
     "confidence": "of every interval, 0 to 1",
     "baseline": "the contestant that ratios are to; null where nothing was timed",
     "machine.cpu": "the processor",
@@ -51,13 +52,13 @@ KEYS: dict[str, str] = {
     "rows[].contestant": "who",
     "rows[].precision": "of its weights and most of its arithmetic",
     **{f"rows[].timing.{key}": text for key, text in _TIMING.items()},
-    "rows[].per_second": "inputs a second, from the median",
+    "rows[].per_second": "inputs a second: all inputs over the time of all calls",
     "rows[].ratio.ratio": "times as fast as the baseline, the median over rounds; ratio is null for the baseline",
     "rows[].ratio.low": "the lower end of its interval",
     "rows[].ratio.high": "its upper end",
     "rows[].flop": "floating-point operations of one call, counted in the fp32 graph; null where they were not",
     "rows[].of_ceiling": "the part of the ceiling of its device and precision that it reaches; null without one",
-    "rows[].min_cosine": "the least of a batch to the first contestant, which is the bundle",
+    "rows[].min_cosine": "the least of the batch's first eight rows to the fp32 graphs of the bundle",
     "openings[].contestant": "who",
     "openings[].cold": "seconds from the start of a fresh process to the first embedding of each tower",
     "openings[].opening": "seconds of these that opening took, imports of libraries included",
@@ -108,14 +109,14 @@ class Row:
     @property
     def per_second(self) -> float:
         """Inputs a second."""
-        return self.batch / self.timing.median
+        return self.batch / self.timing.mean
 
     @property
     def of_ceiling(self) -> float | None:
         """What part of the fastest matrix product's rate it reaches; None where that is not known."""
         if self.flop is None or self.ceiling is None:
             return None
-        return self.flop / self.timing.median / self.ceiling
+        return self.flop / self.timing.mean / self.ceiling
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as KEYS has it."""
@@ -128,9 +129,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """All that `bench` found. `ceilings` are by "device, precision"; `left_out` maps a name to its reason."""
+    """All that `bench` found. `ceilings` are by "device, precision"; `left_out` maps a name to its reason.
+
+    `measured` says whether all that was asked of the bundle itself was: each of its engines, and the files of a folder.
+    """
 
     bundle: str
+    measured: bool
     baseline: str | None
     machine: Mapping[str, Any]
     rows: tuple[Row, ...]
@@ -139,11 +144,6 @@ class Result:
     end_to_end: tuple[EndToEnd, ...]
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
-
-    @property
-    def measured(self) -> bool:
-        """Whether any of the bundle's own engines was timed."""
-        return bool(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as KEYS has it."""

@@ -41,7 +41,8 @@ def closing_lines(result: Result) -> Iterator[str]:
         rounds = [row.timing.rounds for row in result.rows]
         worst = max(row.timing.error for row in result.rows)
         turns = f"{min(rounds)}" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
-        yield f"medians of {turns} interleaved rounds; with {CONFIDENCE:.0%} confidence right within {worst:.1%}"
+        widest = f"the widest of their {CONFIDENCE:.0%} intervals is within {worst:.1%}"
+        yield f"medians of {turns} interleaved rounds; {widest}"
         if worst > _RESTLESS:
             yield "others were at work on this machine, so that times waver: measure again when it is calm"
     yield from result.notes

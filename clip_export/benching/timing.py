@@ -86,7 +86,7 @@ class Repeats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds of one call. `p50`, `p90`, `p99` are over all calls; with fewer than 100, `p99` is the slowest.
+    """Seconds of one call. `p50`, `p90`, `p99`, `mean` are over all calls; with fewer than 100, `p99` is the slowest.
 
     `median` is that of the rounds, each of which counts as its median call, so that one interrupted call weighs as much
     as any other. `low` and `high` end the interval that holds the true one with 95 % confidence; `spread` is half of
@@ -96,6 +96,7 @@ class Timing:
     p50: float
     p90: float
     p99: float
+    mean: float
     median: float
     low: float
     high: float
@@ -114,6 +115,7 @@ class Timing:
             p50=p50,
             p90=p90,
             p99=p99,
+            mean=float(seconds.mean()),
             median=median,
             low=1 / per_second.high,
             high=1 / per_second.low,

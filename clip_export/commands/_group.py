@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from clip_export.commands._output import printable
 from clip_export.errors import ClipExportError
 from clip_export.output_file import hint_for, reason
 
+NOT_MEASURED = 2  # something that was asked of verify, bench or explain could not be measured
 INTERRUPTED = 130  # what a shell gives for a process that SIGINT ended
 
 
@@ -77,6 +79,16 @@ def spread(args: Sequence[str], flags: set[str]) -> list[str]:
 def say(line: str) -> None:
     """A line for people, on stderr, without characters that would move their cursor."""
     typer.echo(printable(line), err=True)
+
+
+@contextlib.contextmanager
+def surviving_readers() -> Iterator[None]:
+    """Print inside: a reader who goes early, as head does, changes no exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed at the end
 
 
 @contextlib.contextmanager

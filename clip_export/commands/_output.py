@@ -18,6 +18,11 @@ def print_json(data: Any) -> None:
     typer.echo(json_text(data))
 
 
+def print_line(text: str) -> None:
+    """`text` on stdout, whatever file names and captions in it hold."""
+    typer.echo(printable(text))
+
+
 def print_columns(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
     """`rows` with their columns below each other; `numbers` sets every column but the first to the right."""
     table = _cells(rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from clip_export.commands._output import print_columns
+from clip_export.commands._output import print_columns, print_line
 
 if TYPE_CHECKING:
     from clip_export.against import Comparison
@@ -25,30 +25,38 @@ def print_verification(found: Verification) -> None:
     if found.rows:
         print_columns(_golden(found, with_engine=len(engines) > 1))
         typer.echo()
-        typer.echo("token ids and pixels: equal")  # loading the bundle has compared them; one that differs is an error
+        # Loading the bundle has compared them; one that differs is an error.
+        fronts = {"text": "token ids", "image": "pixels"}
+        print_line(f"{' and '.join(fronts[tower] for tower in fronts if tower in _towers(found))}: equal")
     for run in found.runs:
         _print_run(run)
-    typer.echo("\n".join([*found.notes, *_verdict(found)]))
+    for line in (*found.notes, *_verdict(found)):
+        print_line(line)
+
+
+def _towers(found: Verification) -> set[str]:
+    return {row.tower for row in found.rows}
 
 
 def _print_run(run: EngineRun) -> None:
     for line in _checks(run):
-        typer.echo(line)
+        print_line(line)
     if run.comparison is not None:
         _print_comparison(run, run.comparison)
     if run.retrieval is not None:
         _print_retrieval(run, run.retrieval)
     if run.index is not None:
-        typer.echo("\n".join([f"\n{run.precision} on {run.title}, index: {run.index.verdict}", *run.index.notes]))
+        print_line("\n".join([f"\n{run.precision} on {run.title}, index: {run.index.verdict}", *run.index.notes]))
 
 
 def _golden(found: Verification, *, with_engine: bool) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [
-        ("tower", "output", "precision", "samples", "min cosine", "required", "mean cosine", "max abs", "")
+        ("tower", "output", "precision", "samples", "min cosine", "required", "p1 cosine", "mean cosine", "max abs", "")
     ]
     for run in found.runs:
         for row in run.rows:
-            cosines = (f"{row.min_cosine:.7f}", f"{row.required_cosine:.7g}", f"{row.mean_cosine:.7f}")
+            required, mean = f"{row.required_cosine:.7g}", f"{row.mean_cosine:.7f}"
+            cosines = (f"{row.min_cosine:.7f}", required, f"{row.p1_cosine:.7f}", mean)
             verdict = "ok" if row.passed else "FAILED"
             cells = (row.tower, row.output, run.precision, str(row.samples), *cosines, f"{row.max_abs:.1e}", verdict)
             table.append((*cells, run.title) if with_engine else cells)
@@ -69,9 +77,8 @@ def _print_comparison(run: EngineRun, found: Comparison) -> None:
     typer.echo(f"\n{run.precision} on {run.title}, against {found.reference} {found.version}")
     typer.echo()
     for stage in found.stages:
-        typer.echo(
-            f"  {stage.name} of {stage.inputs} inputs: {(stage.failure and f'DIFFER: {stage.failure}') or 'equal'}"
-        )
+        verdict = "equal" if stage.passed else f"DIFFER: {stage.failure}"
+        print_line(f"  {stage.name} of {stage.inputs} inputs: {verdict}")
     table: list[tuple[str, ...]] = [
         ("tower", "inputs", "min cosine", "required", "p1 cosine", "mean cosine", "max abs", "furthest", "")
     ]
@@ -79,20 +86,21 @@ def _print_comparison(run: EngineRun, found: Comparison) -> None:
         cosines = (f"{row.min_cosine:.7f}", f"{row.required_cosine:.7g}", f"{row.p1_cosine:.7f}")
         last = (f"{row.mean_cosine:.7f}", f"{row.max_abs:.1e}", row.furthest, "ok" if row.passed else "FAILED")
         table.append((row.tower, str(row.samples), *cosines, *last))
-    print_columns(table)
+    if found.rows:
+        print_columns(table)
 
 
 def _print_retrieval(run: EngineRun, found: Retrieval) -> None:
-    what = f"{found.source}, {found.ranks.pairs:,} pairs"
-    typer.echo(f"\n{run.precision} on {run.title}, {what}{', the reference itself' if found.same else ''}")
+    itself = ", the reference itself" if found.same else ""
+    print_line(f"\n{run.precision} on {run.title}, {found.ranks.pairs:,} {found.source}{itself}")
     typer.echo()
     table: list[tuple[str, ...]] = [("", "reference", "engine", "difference", "")]
-    verdict = "ok" if found.passed else "FAILED"
+    verdicts = ["-" if found.same else "ok" if passed else "FAILED" for passed in _directions(found)]
     for k in _RECALL_AT:
         before, after = found.ranks.reference.recall[k], found.ranks.engine.recall[k]
-        judged = verdict if k == 1 else ""
-        table.append((f"R@{k} image to text", *_shares(before.image_to_text, after.image_to_text), judged))
-        table.append((f"R@{k} text to image", *_shares(before.text_to_image, after.text_to_image), judged))
+        by_images, by_texts = verdicts if k == 1 else ("", "")
+        table.append((f"R@{k} image to text", *_shares(before.image_to_text, after.image_to_text), by_images))
+        table.append((f"R@{k} text to image", *_shares(before.text_to_image, after.text_to_image), by_texts))
     if found.zero_shot is not None:
         shot = found.zero_shot
         table.append((f"zero-shot, {shot.labels} labels", *_shares(shot.reference, shot.engine), ""))
@@ -105,7 +113,11 @@ def _print_retrieval(run: EngineRun, found: Retrieval) -> None:
     for flip in found.ranks.flips[:3]:
         ranks = f"rank {flip.reference_rank} to {flip.engine_rank}"
         asked = found.names[flip.query] if flip.direction == "image to text" else repr(found.captions[flip.query])
-        typer.echo(f"  {flip.direction}: {asked}: {ranks}")
+        print_line(f"  {flip.direction}: {asked}: {ranks}")
+
+
+def _directions(found: Retrieval) -> tuple[bool, bool]:
+    return found.found_by_images, found.found_by_texts
 
 
 def _shares(reference: float, engine: float) -> tuple[str, str, str]:

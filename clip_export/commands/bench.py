@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clip_export.commands._group import say
-from clip_export.commands._output import print_columns
+from clip_export.commands._group import NOT_MEASURED, say, say_error, surviving_readers
+from clip_export.commands._output import print_columns, print_line
 from clip_export.commands._progress import Bar
+from clip_export.errors import ClipExportError
 
 if TYPE_CHECKING:
     from clip_export.benching.results import Result
-
-NOT_MEASURED = 2
 
 
 def bench(
@@ -61,28 +60,39 @@ def bench(
 
     Latency and throughput of each tower at each batch size, in rounds that take everybody in turn, beside torch and
     transformers where they are asked for: ratios first, each with its interval. Percentages are of the fastest matrix
-    product that this machine reaches. The exit code is 2 where nothing could be measured, as on a GPU that is not here.
+    product that this machine reaches. The exit code is 2 where something that was asked of the bundle could not be
+    measured, as on a GPU that is not here.
     """
     from clip_export.benching.measuring import bench as measure
+    from clip_export.output_file import check_place
 
     asked = ("torch,compile,transformers" if checkpoint is not None else "") if compare is None else compare
     sizes = _sizes(batch)
-    with Bar() as progress:
-        result = measure(
-            bundle,
-            backends=_names(backend) or [None],
-            precisions=_names(precision) or [None],
-            device=device,
-            batches=sizes,
-            lengths=_names(lengths),
-            compare=_names(asked),
-            checkpoint=checkpoint,
-            end_to_end=end_to_end,
-            progress=progress,
-        )
-    _print(result)
-    _write(result, json, plot)
+    try:
+        for place in filter(None, (json, plot)):
+            check_place(place)
+        with Bar() as progress:
+            result = measure(
+                bundle,
+                backends=_names(backend) or [None],
+                precisions=_names(precision) or [None],
+                device=device,
+                batches=sizes,
+                lengths=_names(lengths),
+                compare=_names(asked),
+                checkpoint=checkpoint,
+                end_to_end=end_to_end,
+                progress=progress,
+            )
+        _write(result, json, plot)
+    except ClipExportError as error:
+        say_error(error.message, error.hint)
+        raise typer.Exit(NOT_MEASURED) from error
+    with surviving_readers():
+        _print(result)
     if not result.measured:
+        say("error: not everything that was asked for could be measured")
+        say("\nhint: see above why, and what clip-export doctor says of this machine")
         raise typer.Exit(NOT_MEASURED)
 
 
@@ -110,10 +120,7 @@ def _print(result: Result) -> None:
     if result.rows:
         typer.echo()
     for line in closing_lines(result):
-        typer.echo(line)
-    if not result.measured:
-        say("error: nothing could be measured")
-        say("\nhint: see above why, and what clip-export doctor says of this machine")
+        print_line(line)
 
 
 def _write(result: Result, json: Path | None, plot: Path | None) -> None:
@@ -122,7 +129,7 @@ def _write(result: Result, json: Path | None, plot: Path | None) -> None:
 
         write_json(result, json)
         say(f"written: {json}")
-    if plot is not None and result.measured:
+    if plot is not None and result.rows:
         from clip_export.benching.chart import draw
 
         draw(result, plot)

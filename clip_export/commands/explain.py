@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clip_export.commands._group import say_error
-from clip_export.commands._output import print_columns, print_json
+from clip_export.commands._group import NOT_MEASURED, say_error
+from clip_export.commands._output import print_columns, print_json, print_line
 from clip_export.errors import ClipExportError
 
 if TYPE_CHECKING:
     from clip_export.explaining import Explanation, LayerRanges, Stage
 
-_NOT_MEASURED = 2
 _SHOWN = 80  # characters of the input
 
 
@@ -52,7 +51,7 @@ def explain(
         found = walk(bundle, text=text, image=image, precision=precision, against=against)
     except ClipExportError as error:
         say_error(error.message, error.hint)
-        raise typer.Exit(_NOT_MEASURED) from error
+        raise typer.Exit(NOT_MEASURED) from error
     if json:
         print_json(found.to_dict())
     else:
@@ -73,9 +72,9 @@ def _print(found: Explanation) -> None:
         print_columns(_ranges(found.ranges))
         typer.echo()
     for note in found.notes:
-        typer.echo(f"note: {note}")
+        print_line(f"note: {note}")
     for sentence in found.sentences:
-        typer.echo(sentence)
+        print_line(sentence)
 
 
 def _row(stage: Stage, found: Explanation) -> tuple[str, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clip_export.commands._group import say, say_error
+from clip_export.commands._group import NOT_MEASURED, say, say_error, surviving_readers
 from clip_export.commands._output import print_json
 from clip_export.commands._progress import Bar
 from clip_export.commands._verification import print_verification
@@ -17,8 +18,6 @@ from clip_export.errors import BundleIntegrityError, ClipExportError
 
 if TYPE_CHECKING:
     from clip_export.verifying import IndexInputs, Verification
-
-_NOT_MEASURED = 2
 
 
 def verify(
@@ -101,6 +100,8 @@ def verify(
     import clip_export
 
     try:
+        if report is not None:
+            _check_place(report)
         with Bar() as progress:
             found = clip_export.verify(
                 bundle,
@@ -117,21 +118,43 @@ def verify(
                 skip_errors=skip_errors,
                 progress=progress,
             )
-        if json:
-            print_json(found.to_dict())
-        else:
-            print_verification(found)
-        if report is not None:
-            _write_report(found, bundle, report, pairs)
-        if polygraphy is not None:
-            _write_polygraphy(bundle, polygraphy, precision)
     except BundleIntegrityError:
         raise  # what the bundle has is not what it was: that has been measured
     except ClipExportError as error:
         say_error(error.message, error.hint)
-        raise typer.Exit(_NOT_MEASURED) from error
-    if not found.passed:
-        raise typer.Exit(1 if found.verdict == "failed" else _NOT_MEASURED)
+        raise typer.Exit(NOT_MEASURED) from error
+    # Files first: whoever reads what is printed may have had enough of it, as head has.
+    written = all(
+        [
+            report is None or _done(lambda: _write_report(found, bundle, report, pairs)),
+            polygraphy is None or _done(lambda: _write_polygraphy(bundle, polygraphy, precision)),
+        ]
+    )
+    with surviving_readers():
+        if json:
+            print_json(found.to_dict())
+        else:
+            print_verification(found)
+    if found.verdict == "failed":
+        raise typer.Exit(1)
+    if not (found.passed and written):
+        raise typer.Exit(NOT_MEASURED)
+
+
+def _done(write: Callable[[], None]) -> bool:
+    """Whether a file could be written; an error that says why not takes nothing from what was found."""
+    try:
+        write()
+    except ClipExportError as error:
+        say_error(error.message, error.hint)
+        return False
+    return True
+
+
+def _check_place(directory: Path) -> None:
+    from clip_export.verifying.report import check_place
+
+    check_place(directory)
 
 
 def _inputs(images: list[Path] | None, texts: Path | None) -> IndexInputs | None:

@@ -147,7 +147,8 @@ class IndexSafety:
 class ReportContents:
     """All of a report, in the order in which it is shown. What is empty is left out.
 
-    `name` is the bundle's, `sentences` say why the verdict is what it is, `notes` what could not be measured and why.
+    `name` is the bundle's, `sentences` say why the verdict is what it is, `unmeasured` what could not be measured and
+    why, `notes` what else there is to know.
     The time is whatever `environment` says, so that equal contents give equal files.
     """
 
@@ -159,6 +160,7 @@ class ReportContents:
     similarities: Sequence[Similarities] = ()
     retrievals: Sequence[Retrieval] = ()
     indexes: Sequence[IndexSafety] = ()
+    unmeasured: Sequence[str] = ()
     notes: Sequence[str] = ()
     environment: Environment = ()
     command: str = ""

@@ -93,12 +93,15 @@ def _sections(contents: ReportContents) -> list[Html]:
         _section("Similarities", [_titled(matrices, shown) for shown in contents.similarities]),
         _section("Retrieval", [_retrieval(found) for found in contents.retrievals]),
         _section("Index", [_index(found) for found in contents.indexes]),
-        _section(
-            "Not measured", [element("ul", [element("li", note) for note in contents.notes])][: len(contents.notes)]
-        ),
+        _section("Not measured", _listed(contents.unmeasured)),
+        _section("Notes", _listed(contents.notes)),
         _section("Environment", _environment(contents)),
     ]
     return [section for section in made if section is not None]
+
+
+def _listed(sentences: Sequence[str]) -> list[Html]:
+    return [element("ul", [element("li", sentence) for sentence in sentences])] if sentences else []
 
 
 def _section(title: str, blocks: Sequence[Html]) -> Html | None:

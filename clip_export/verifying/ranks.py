@@ -5,19 +5,20 @@ Pictures stay where they are: each model goes through the source once, a few pic
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from clip_export.cosine import unit_rows
 from clip_export.encoder import Encoder, Floats
-from clip_export.judging import recall_drop
 from clip_export.pair_sources import Chunk, Failure, PairSource, decoded
 from clip_export.preprocess import Preprocessor
 from clip_export.progress import Progress
 from clip_export.ranking import RankComparison, compare_ranks
+from clip_export.retrieval import Recall
 from clip_export.spec import ModelSpec
 from clip_export.verifying.zero_shot import ZeroShot, label_embeddings, name_pictures, zero_shot
 
@@ -59,7 +60,10 @@ class EmbeddedPairs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrieval:
-    """What an engine finds among pairs beside its reference. `drop` and `allowed` are of R@1, in points.
+    """What an engine finds among pairs beside its reference.
+
+    `drop` and `allowed` are of R@1, in points, in both directions. One picture, or one caption, is never too many: with
+    few pairs it is many points, so `allowed` is no less.
 
     `names` and `captions`, by number of the pair, are those of the pairs that the flips of `ranks` name, and of
     `shown`: the first pairs of different pictures, whose cosines by reference and engine are `cosines`, float64 [2, n,
@@ -69,8 +73,8 @@ class Retrieval:
     source: str
     ranks: RankComparison
     zero_shot: ZeroShot | None
-    drop: float
-    allowed: float
+    drop: Recall
+    allowed: Recall
     names: Mapping[int, str]
     captions: Mapping[int, str]
     shown: Sequence[int]
@@ -79,8 +83,18 @@ class Retrieval:
 
     @property
     def passed(self) -> bool:
-        """Whether R@1 falls by no more than is allowed. One pair alone is never too many: of few, it is many points."""
-        return self.drop <= max(self.allowed, 100 / self.ranks.pairs)
+        """Whether R@1 falls by no more than is allowed."""
+        return self.found_by_images and self.found_by_texts
+
+    @property
+    def found_by_images(self) -> bool:
+        """Whether R@1 of image to text falls by no more than is allowed."""
+        return self.drop.image_to_text <= self.allowed.image_to_text
+
+    @property
+    def found_by_texts(self) -> bool:
+        """Whether R@1 of text to image falls by no more than is allowed."""
+        return self.drop.text_to_image <= self.allowed.text_to_image
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; flips name pictures and captions beside the numbers of their pairs."""
@@ -93,7 +107,7 @@ class Retrieval:
                     if pair is None
                     else {"pair": pair, "picture": self.names[pair]} | {"caption": self.captions[pair]}
                 )
-        judged = {"recall_drop": self.drop, "allowed_recall_drop": self.allowed, "passed": self.passed}
+        judged = {"recall_drop": asdict(self.drop), "allowed_recall_drop": asdict(self.allowed), "passed": self.passed}
         shot = None if self.zero_shot is None else self.zero_shot.to_dict()
         return {"source": self.source, **ranks, "zero_shot": shot, **judged, "is_reference": self.same}
 
@@ -143,7 +157,10 @@ def embed_pairs(
 def compare_pairs(
     found: EmbeddedPairs, expected: EmbeddedPairs, spec: ModelSpec, *, source: str, scale: float, allowed: float
 ) -> Retrieval:
-    """An engine's embeddings of pairs beside the reference's of the same; `scale` is exp(logit_scale)."""
+    """An engine's embeddings of pairs beside the reference's of the same.
+
+    `scale` is exp(logit_scale), `allowed` the points by which R@1 may fall.
+    """
     ranks = compare_ranks(
         expected.image_embeddings,
         expected.text_embeddings,
@@ -164,14 +181,29 @@ def compare_pairs(
         source=source,
         ranks=ranks,
         zero_shot=shot,
-        drop=recall_drop(ranks.engine.recall[1], ranks.reference.recall[1]),
-        allowed=allowed,
+        drop=_points(ranks.recall_difference(1)),
+        allowed=Recall(
+            image_to_text=max(allowed, 100 * _most(found.pictures) / ranks.pairs),
+            text_to_image=max(allowed, 100 * _most(found.captions) / ranks.pairs),
+        ),
         names={pair: found.names[pair] for pair in sorted(named)},
         captions={pair: found.captions[pair] for pair in sorted(named)},
         shown=shown,
         cosines=np.stack([_cosines(model, shown) for model in (expected, found)]),
         same=found is expected,
     )
+
+
+def _points(difference: Recall) -> Recall:
+    """How far recall falls, in points."""
+    return Recall(
+        image_to_text=round(-100 * difference.image_to_text, 6), text_to_image=round(-100 * difference.text_to_image, 6)
+    )
+
+
+def _most(names: Sequence[str]) -> int:
+    """How often the most frequent of `names` is there."""
+    return max(Counter(names).values())
 
 
 def _cosines(model: EmbeddedPairs, shown: Sequence[int]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from clip_export.against import Comparison
@@ -25,13 +25,15 @@ from clip_export.html_report import (
     write_report,
 )
 from clip_export.images import ImageInput
+from clip_export.output_file import check_place as check_file_place
+from clip_export.output_file import writing
 from clip_export.pair_sources import PairSource
 from clip_export.ranking import RECALL_AT, Flip
 from clip_export.verification import Row
 from clip_export.verifying import ranks
 from clip_export.verifying.results import EngineRun, Verification, write_json
 
-__all__ = ["contents", "write"]
+__all__ = ["check_place", "contents", "write"]
 
 JSON_FILE = "verification.json"
 _GOLDEN_SHOWN = 13  # texts and pictures: as many as there are golden pictures
@@ -52,9 +54,18 @@ def write(
     """
     wanted = {name for run in found.runs if run.retrieval is not None for name in run.retrieval.names.values()}
     pictures = {} if pairs is None else ranks.read_pictures(pairs, wanted)
-    page = write_report(directory, contents(found, bundle, pictures, command=command))
+    shown = contents(found, bundle, pictures, command=command)
+    with writing(directory):
+        Path(directory).mkdir(parents=True, exist_ok=True)
     write_json(found, Path(directory) / JSON_FILE)
-    return page
+    return write_report(directory, shown)
+
+
+def check_place(directory: str | os.PathLike[str]) -> None:
+    """Raise OutputError where `write` could not: before minutes of work, not after. Makes the directory."""
+    with writing(directory):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    check_file_place(Path(directory) / JSON_FILE)
 
 
 def contents(
@@ -66,26 +77,30 @@ def contents(
         name=found.name,
         verdict=found.verdict,
         sentences=(*found.sentences, f"Compared with {found.reference}."),
-        rows=[_row(run, row) for run in found.runs for row in _rows(run)],
+        rows=[row for run in found.runs for row in _rows(run)],
         checks=[group for run in found.runs for group in _groups(run)],
         similarities=[shown for run in found.runs for shown in _similarities(run, golden, pictures)],
         retrievals=[_retrieval(run, pictures) for run in found.runs if run.retrieval is not None],
         indexes=[_index(run) for run in found.runs if run.index is not None],
-        notes=(*found.unmeasured, *found.notes),
+        unmeasured=found.unmeasured,
+        notes=found.notes,
         environment=found.environment,
         command=command,
     )
 
 
-def _rows(run: EngineRun) -> Sequence[Row]:
-    """Against the original where there is one, which has the golden samples among its inputs."""
-    return run.comparison.rows if run.comparison is not None and run.comparison.rows else run.rows
+def _rows(run: EngineRun) -> Iterator[MeasuredRow]:
+    """Golden samples, and then all inputs that were compared with an original."""
+    yield from (_row(run, row, row.output) for row in run.rows)
+    if run.comparison is not None:
+        against = run.comparison.reference
+        yield from (_row(run, row, f"{row.output} against {against}") for row in run.comparison.rows)
 
 
-def _row(run: EngineRun, row: Row) -> MeasuredRow:
+def _row(run: EngineRun, row: Row, output: str) -> MeasuredRow:
     return MeasuredRow(
         tower=row.tower,
-        output=row.output,
+        output=output,
         precision=run.precision,
         engine=run.title,
         samples=row.samples,
@@ -160,12 +175,14 @@ def _retrieval(run: EngineRun, pictures: Mapping[str, ImageInput]) -> Retrieval:
 def _figures(found: ranks.Retrieval) -> Iterator[Figure]:
     for k in RECALL_AT:
         before, after = found.ranks.reference.recall[k], found.ranks.engine.recall[k]
-        passed = found.passed if k == 1 else None
-        yield Figure(
-            name=f"R@{k} image to text", reference=before.image_to_text, found=after.image_to_text, passed=passed
+        by_images, by_texts = (
+            (found.found_by_images, found.found_by_texts) if k == 1 and not found.same else (None, None)
         )
         yield Figure(
-            name=f"R@{k} text to image", reference=before.text_to_image, found=after.text_to_image, passed=passed
+            name=f"R@{k} image to text", reference=before.image_to_text, found=after.image_to_text, passed=by_images
+        )
+        yield Figure(
+            name=f"R@{k} text to image", reference=before.text_to_image, found=after.text_to_image, passed=by_texts
         )
     if found.zero_shot is not None:
         shot = found.zero_shot

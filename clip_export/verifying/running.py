@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clip_export.benching.machine import describe
@@ -57,9 +57,19 @@ def verify(
         runs=tuple(found),
         missed=missed(bundle, precisions),
         unmeasured=(*unmeasured, *work.unmeasured),
-        notes=(*notes, *less, *work.notes),
+        notes=tuple(dict.fromkeys((*notes, *less, *work.notes, *_told(found)))),
         environment=_environment(asked.device),
     )
+
+
+def _told(runs: Sequence[EngineRun]) -> Iterator[str]:
+    """What is told of hostile inputs and not judged."""
+    for run in runs:
+        if run.comparison is not None:
+            yield from run.comparison.notes
+        for check in run.checks:
+            if "min_cosine" in check.measured and "required" not in check.measured:
+                yield f"{run.precision} {check.name}, told and not judged: {check.detail}"
 
 
 def _precisions(bundle: Bundle, asked: Asked, runs: Sequence[Run]) -> list[str]:

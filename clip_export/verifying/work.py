@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from clip_export.against import Expected, Reference, compare, open_reference, run_reference
 from clip_export.backends import status
@@ -11,11 +14,12 @@ from clip_export.choice import CPU_INT8, FP32, GRAPHS, choose
 from clip_export.encoder import Encoder, Floats
 from clip_export.errors import InputError
 from clip_export.hostile import Check, check
-from clip_export.index_safety import IndexSafety, compare_index, open_index
+from clip_export.index_safety import IndexSafety, check_index, compare_index, open_index
 from clip_export.pair_sources import PairSource, open_pairs
 from clip_export.progress import Progress
 from clip_export.quantization import QUANTIZED
 from clip_export.runtime import open_choice
+from clip_export.spec import Tower
 from clip_export.verification import allowed_recall_drop, golden_outputs, golden_rows, required_cosine
 from clip_export.verifying.asked import Asked
 from clip_export.verifying.ranks import EmbeddedPairs, Model, Retrieval, compare_pairs, embed_pairs, model_of
@@ -23,6 +27,12 @@ from clip_export.verifying.results import EngineRun
 from clip_export.verifying.vectors import embed_inputs
 
 __all__ = ["Work"]
+
+T = TypeVar("T")
+
+# Calibrated on what users have, and held to a contract over that: what strange inputs lose is told and not judged.
+_CALIBRATED = (*QUANTIZED, CPU_INT8)
+_BOTH = "build it again with both towers and --outputs embedding"
 
 
 class Work:
@@ -39,6 +49,7 @@ class Work:
         self._pairs: PairSource | None = None
         self._expected_pairs: EmbeddedPairs | None = None
         self._index: Floats | None = None
+        self._inputs: list[str] | list[Path] = []
         self._fp32: Encoder | None = None
         self._fp32_title = ""
         self.reference_name = "the fp32 reference's outputs that the bundle carries"
@@ -53,7 +64,7 @@ class Work:
             _require_both_towers(bundle)
             work._pairs = open_pairs(asked.pairs, skip_errors=asked.skip_errors)
         if asked.index is not None:
-            work._index = open_index(asked.index)
+            work._open_index(asked.index)
         reference = None if asked.against is None else open_reference(asked.against, bundle)
         if reference is not None:
             work._ask_original(reference)
@@ -78,15 +89,21 @@ class Work:
         embeddings = {tower: found["embedding"] for tower, found in outputs.items() if "embedding" in found}
         comparison = None
         if self._expected is not None:
-            comparison = compare(encoder, self._expected, precision=precision, required=required)
+            comparison = compare(
+                encoder,
+                self._expected,
+                precision=precision,
+                required=required,
+                all_judged=precision not in _CALIBRATED,
+            )
         return EngineRun(
             title=title,
             precision=precision,
             rows=tuple(golden_rows(outputs, self._golden, precision=precision, engine=title, required=required)),
-            checks=self._checks(encoder, precision, required) if self._asked.hostile else (),
+            checks=self._checks(encoder, title, precision, required) if self._asked.hostile else (),
             comparison=comparison,
-            retrieval=self._retrieval(encoder, title, precision),
-            index=self._index_safety(encoder),
+            retrieval=self._attempt("pairs", lambda: self._retrieval(encoder, title, precision)),
+            index=self._attempt("the index", lambda: self._index_safety(encoder)),
             embeddings=embeddings,
         )
 
@@ -94,21 +111,43 @@ class Work:
         asked = self._asked.min_cosine
         return required_cosine(self._bundle, precision) if asked is None else asked
 
-    def _checks(self, encoder: Encoder, precision: str, required: float) -> tuple[Check, ...]:
+    def _attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        """What `work` gives; an input that cannot be used after all does not cost what was measured before it."""
+        try:
+            return work()
+        except InputError as error:
+            self.unmeasured = (*self.unmeasured, f"{what}: {error.message}")
+            return None
+
+    def _is_fp32(self, title: str, precision: str) -> bool:
+        """Whether an engine is the fp32 graphs on the CPU, which are the reference."""
+        return self._fp32 is not None and (title, precision) == (self._fp32_title, FP32)
+
+    def _checks(self, encoder: Encoder, title: str, precision: str, required: float) -> tuple[Check, ...]:
         return check(
             encoder,
             self._bundle,
             precision=precision,
-            reference=self._fp32,
-            # 8 bits are calibrated on what users have, and their contract is over that: strange inputs are told of.
-            required=None if precision in (*QUANTIZED, CPU_INT8) else required,
+            reference=None if self._is_fp32(title, precision) else self._fp32,  # itself it cannot differ from
+            required=None if precision in _CALIBRATED else required,
             progress=self._progress,
         )
 
     def _ask_original(self, reference: Reference) -> None:
         self.reference_name = f"{reference.name} {reference.version}"
         self._expected = run_reference(reference, self._bundle, hostile=self._asked.hostile, progress=self._progress)
-        self.notes = self._expected.notes
+        self.notes, self.unmeasured = self._expected.notes, self._expected.lacking
+
+    def _open_index(self, path: str | os.PathLike[str]) -> None:
+        """The index and its inputs, as far as they can be checked before anything is encoded."""
+        assert self._asked.inputs is not None
+        self._index, self._inputs = open_index(path), self._asked.inputs.read()
+        tower: Tower = "text" if self._asked.inputs.texts is not None else "image"
+        spec = self._bundle.spec.text if tower == "text" else self._bundle.spec.image
+        if spec is None or "embedding" not in self._bundle.graph(tower).outputs:
+            raise InputError(f"this bundle gives no {tower} embeddings to compare an index with", hint=_BOTH)
+        assert spec.embedding_dim is not None
+        check_index(self._index, len(self._inputs), spec.embedding_dim, name=Path(path).name)
 
     def _open_fp32(self) -> None:
         lacking = status(GRAPHS)
@@ -143,7 +182,7 @@ class Work:
         expected, asked = self._expected_pairs, self._asked.max_recall_drop
         if expected is None or self._pairs is None:
             return None
-        same = self._fp32 is not None and (title, precision) == (self._fp32_title, FP32)
+        same = self._is_fp32(title, precision)
         return compare_pairs(
             expected if same else self._embed(model_of(encoder), precision),
             expected,
@@ -156,8 +195,8 @@ class Work:
     def _index_safety(self, encoder: Encoder) -> IndexSafety | None:
         if self._index is None:
             return None
-        assert self._asked.inputs is not None and self._asked.index is not None
-        vectors = embed_inputs(encoder, self._asked.inputs.read(), progress=self._progress)
+        assert self._asked.index is not None
+        vectors = embed_inputs(encoder, self._inputs, progress=self._progress)
         return compare_index(self._index, vectors, name=Path(self._asked.index).name)
 
 
@@ -178,5 +217,5 @@ def _require_both_towers(bundle: Bundle) -> None:
     if lacking:
         raise InputError(
             f"pairs take both towers and their embeddings; this bundle lacks {' and '.join(lacking)}",
-            hint="build it again with both towers and --outputs embedding",
+            hint=_BOTH,
         )
