@@ -355,7 +355,10 @@ def test_another_checkpoint_of_the_same_shape_is_not_blamed_on_the_bundle(bundle
     weights = load_file(other / "model.safetensors")
     noise = np.random.default_rng(0)
     save_file(
-        {name: (value + 0.02 * noise.normal(size=value.shape)).astype(value.dtype) for name, value in weights.items()},
+        {
+            name: np.asarray(value + 0.02 * noise.normal(size=value.shape), value.dtype)
+            for name, value in weights.items()
+        },
         other / "model.safetensors",
     )
     with pytest.raises(CheckpointError, match=r"is not the checkpoint that demo was built from: .*model\.safetensors"):
