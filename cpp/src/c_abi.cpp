@@ -234,6 +234,7 @@ int clip_export_preprocessor_open(const clip_export_preprocess_spec *spec, clip_
         its_spec.interpolation = Interpolation(enumerator(spec->interpolation, 6, "interpolation"));
         its_spec.fill = enumerator(spec->fill, 256, "fill");
         its_spec.transparency = Transparency(enumerator(spec->transparency, 2, "transparency"));
+        if (spec->pillow) its_spec.pillow = spec->pillow;
         if (spec->resize_size < 1 || spec->crop_size < 1) throw SpecError("resize_size and crop_size must be positive");
         *preprocessor = new clip_export_preprocessor{Preprocessor(its_spec)};
     });

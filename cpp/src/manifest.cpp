@@ -216,6 +216,18 @@ void check_keys(const Json &plain, std::int64_t version) {
     }
 }
 
+// The Pillow that the build had is the one whose pixels the golden samples hold.
+void set_pillow(Manifest &manifest) {
+    auto version = manifest.versions.find("pillow");
+    if (!manifest.spec.preprocess || version == manifest.versions.end()) return;
+    int major = 0;
+    for (char c : version->second.substr(0, 4)) {
+        if (c < '0' || c > '9') break;
+        major = 10 * major + (c - '0');
+    }
+    if (major > 0) manifest.spec.preprocess->pillow = major;
+}
+
 Manifest manifest_from(const Json &plain, std::int64_t version) {
     check_keys(plain, version);
     Fields fields(plain, where_all,
@@ -225,6 +237,7 @@ Manifest manifest_from(const Json &plain, std::int64_t version) {
     manifest.name = fields.text("name");
     manifest.spec = spec_from_json(fields.at("spec"), fields.where("spec"));
     manifest.versions = provenance_versions(fields.at("provenance"), fields.where("provenance"));
+    set_pillow(manifest);
     for (const auto &[precision, towers] : object_of(fields.at("variants"), fields.where("variants")).items()) {
         std::map<Tower, Graph> graphs;
         std::string place = fields.where("variants") + "." + precision;

@@ -165,7 +165,8 @@ void Preprocessor::operator()(const ImageView &image, std::uint8_t *pixels) cons
     if (by_alpha) {
         for (std::size_t at = 0; at < picture.levels.size(); at += 4) premultiply(picture.levels.data() + at);
     }
-    picture = resized(picture, static_cast<int>(size.width), static_cast<int>(size.height), spec_.interpolation, kept);
+    picture = resized(picture, static_cast<int>(size.width), static_cast<int>(size.height), spec_.interpolation, kept,
+                      spec_.pillow);
     if (by_alpha) {
         for (std::size_t at = 0; at < picture.levels.size(); at += 4) unpremultiply(picture.levels.data() + at);
     }

@@ -29,7 +29,7 @@ double hamming_filter(double x) {
     if (x == 0.0) return 1.0;
     if (x >= 1.0) return 0.0;
     x *= pi;
-    return std::sin(x) / x * (0.54 + 0.46 * std::cos(x));
+    return std::sin(x) / x * (0.54f + 0.46f * std::cos(x)); // floats, as in Pillow
 }
 
 double bicubic_filter(double x) {
@@ -212,37 +212,54 @@ Picture nearest(const Picture &picture, int width, int height, const Box &kept) 
     return out;
 }
 
-} // namespace
-
-Picture resized(const Picture &picture, int width, int height, Interpolation interpolation, const Box &kept) {
-    if (interpolation == Interpolation::nearest) return nearest(picture, width, height, kept);
-    Filter filter = filter_of(interpolation);
-    Weights vertical_weights;
-    int first = kept.top, last = kept.top + kept.height; // rows of the picture that are needed
-    if (height != picture.height) {
-        vertical_weights = weights_of(picture.height, height, filter, kept.top, kept.height);
-        first = vertical_weights.starts.front();
-        last = vertical_weights.starts.back() + vertical_weights.lengths.back();
-    }
-    Picture between(kept.width, last - first);
-    Weights horizontal_weights;
-    if (width != picture.width) horizontal_weights = weights_of(picture.width, width, filter, kept.left, kept.width);
-    for (int y = first; y < last; ++y) {
-        if (width != picture.width) {
-            horizontal(picture.row(y), horizontal_weights, kept.width, between.row(y - first));
-        } else {
-            std::memcpy(between.row(y - first), picture.row(y) + std::size_t{4} * kept.left, std::size_t{4} * kept.width);
+// The columns `kept_width` from `left` on of a picture that becomes `width` wide, of its rows from `first` on.
+Picture horizontally(const Picture &picture, int width, const Filter &filter, int left, int kept_width, int first, int rows) {
+    Picture out(kept_width, rows);
+    if (width == picture.width) {
+        for (int y = 0; y < rows; ++y) {
+            std::memcpy(out.row(y), picture.row(first + y) + std::size_t{4} * left, std::size_t{4} * kept_width);
         }
+        return out;
     }
-    if (height == picture.height) return between;
-    Picture out(kept.width, kept.height);
-    std::vector<const std::uint8_t *> rows(vertical_weights.most);
-    for (int y = 0; y < kept.height; ++y) {
-        int length = vertical_weights.lengths[y];
-        for (int k = 0; k < length; ++k) rows[k] = between.row(vertical_weights.starts[y] + k - first);
-        vertical(rows.data(), vertical_weights.of(y), length, std::size_t{4} * kept.width, out.row(y));
+    Weights weights = weights_of(picture.width, width, filter, left, kept_width);
+    for (int y = 0; y < rows; ++y) horizontal(picture.row(first + y), weights, kept_width, out.row(y));
+    return out;
+}
+
+// What `weights` makes of the rows of a picture whose first row is number `first`.
+Picture vertically(const Picture &picture, const Weights &weights, int first) {
+    auto count = static_cast<int>(weights.starts.size());
+    Picture out(picture.width, count);
+    std::vector<const std::uint8_t *> rows(weights.most);
+    for (int y = 0; y < count; ++y) {
+        for (int k = 0; k < weights.lengths[y]; ++k) rows[k] = picture.row(weights.starts[y] + k - first);
+        vertical(rows.data(), weights.of(y), weights.lengths[y], std::size_t{4} * picture.width, out.row(y));
     }
     return out;
+}
+
+// Since version 13 Pillow squeezes a tall picture before it narrows it; the levels in between are rounded, so that the
+// order shows in the last bits. The rule was found by trying.
+bool vertical_first(const Picture &picture, int width, int height) {
+    std::int64_t lower = std::int64_t{picture.height} - height, narrower = std::int64_t{picture.width} - width;
+    return lower > 2 * std::max<std::int64_t>(narrower, 0);
+}
+
+} // namespace
+
+Picture resized(const Picture &picture, int width, int height, Interpolation interpolation, const Box &kept, int pillow) {
+    if (interpolation == Interpolation::nearest) return nearest(picture, width, height, kept);
+    Filter filter = filter_of(interpolation);
+    if (height == picture.height) {
+        return horizontally(picture, width, filter, kept.left, kept.width, kept.top, kept.height);
+    }
+    Weights weights = weights_of(picture.height, height, filter, kept.top, kept.height);
+    if (width != picture.width && pillow >= 13 && vertical_first(picture, width, height)) {
+        Picture between = vertically(picture, weights, 0);
+        return horizontally(between, width, filter, kept.left, kept.width, 0, kept.height);
+    }
+    int first = weights.starts.front(), rows = weights.starts.back() + weights.lengths.back() - first; // that are needed
+    return vertically(horizontally(picture, width, filter, kept.left, kept.width, first, rows), weights, first);
 }
 
 } // namespace clip_export

@@ -26,7 +26,7 @@ struct Box {
 };
 
 // The part `kept` of `picture` as it is when it is resized to `width` x `height`; all of `kept` is inside. Where a side
-// keeps its size, nothing is computed along it, as in Pillow.
-Picture resized(const Picture &picture, int width, int height, Interpolation interpolation, const Box &kept);
+// keeps its size, nothing is computed along it, as in Pillow. `pillow` is its major version.
+Picture resized(const Picture &picture, int width, int height, Interpolation interpolation, const Box &kept, int pillow);
 
 } // namespace clip_export

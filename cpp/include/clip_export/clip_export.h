@@ -71,6 +71,7 @@ typedef struct clip_export_tokenizer_spec {
 
 typedef struct clip_export_preprocess_spec {
     int32_t dialect, resize_mode, resize_size, crop_size, interpolation, fill, transparency;
+    int32_t pillow; /* its major version, 0: 13 */
 } clip_export_preprocess_spec;
 
 /* The backends that are compiled in, as "onnxruntime,openvino". */

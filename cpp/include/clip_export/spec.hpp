@@ -57,6 +57,7 @@ struct PreprocessSpec {
     std::array<double, 3> mean{}, std{};
     int fill = 0;
     Transparency transparency = Transparency::drop;
+    int pillow = 13; // the major version of Pillow that is matched: 13 resizes tall images in another order than before
 };
 
 // A tower that the checkpoint does not have is absent, and what serves it is absent with it.
