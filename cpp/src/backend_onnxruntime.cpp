@@ -5,7 +5,7 @@
 #include <set>
 
 #include "engine.hpp"
-#include "fields.hpp"
+#include "sentences.hpp"
 
 namespace clip_export {
 namespace {

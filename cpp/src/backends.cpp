@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "engine.hpp"
-#include "fields.hpp"
+#include "sentences.hpp"
 
 namespace clip_export {
 

@@ -4,7 +4,7 @@
 #include <chrono>
 #include <thread>
 
-#include "fields.hpp"
+#include "sentences.hpp"
 #include "files.hpp"
 #include "plan_selection.hpp"
 #include "unicode.hpp"

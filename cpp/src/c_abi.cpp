@@ -6,7 +6,7 @@
 
 #include <clip_export/clip.hpp>
 
-#include "fields.hpp"
+#include "sentences.hpp"
 
 using namespace clip_export;
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "fields.hpp"
+#include "sentences.hpp"
 
 namespace clip_export {
 namespace {

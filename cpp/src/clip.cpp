@@ -8,7 +8,7 @@
 
 #include "choice.hpp"
 #include "engine.hpp"
-#include "fields.hpp"
+#include "sentences.hpp"
 #include "golden.hpp"
 
 namespace clip_export {

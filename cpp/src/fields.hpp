@@ -8,15 +8,11 @@
 #include <vector>
 
 #include "json.hpp"
+#include "sentences.hpp"
 
 namespace clip_export {
 
-std::string repr(const std::string &text); // as Python's repr
-std::string repr(const Json &value);
-std::string printable(const std::string &message); // at most 400 characters, control characters written out
-bool is_printable(const std::string &text);        // str.isprintable
-std::string joined(const std::vector<std::string> &words, const std::string &between = ", ");
-void require(bool condition, const std::string &message); // throws SpecError
+std::string repr(const Json &value); // as Python's repr
 
 // An object of which every key is known; a key with `?` before it may be absent. Throws SpecError.
 class Fields {

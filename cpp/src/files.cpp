@@ -6,7 +6,7 @@
 #include <cstring>
 #include <memory>
 
-#include "fields.hpp"
+#include "sentences.hpp"
 #include "sha256.hpp"
 
 namespace clip_export {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "fields.hpp"
+#include "sentences.hpp"
 
 namespace clip_export {
 namespace {

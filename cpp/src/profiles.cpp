@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "engine.hpp"
-#include "fields.hpp"
+#include "sentences.hpp"
 
 namespace clip_export {
 namespace {

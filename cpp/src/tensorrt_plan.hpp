@@ -13,7 +13,7 @@
 
 #include "cuda.hpp"
 #include "engine.hpp"
-#include "fields.hpp"
+#include "sentences.hpp"
 #include "files.hpp"
 
 namespace clip_export {
