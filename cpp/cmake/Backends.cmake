@@ -5,9 +5,9 @@ set(CLIP_EXPORT_DEPENDENCIES "") # what the installed config has to find again
 
 # found(<BACKEND> <name> <source> <target> <version>) or left_out(<BACKEND> <name> <reason>)
 function(clip_export_found option name source target version)
-  target_sources(runtime PRIVATE ${source})
-  target_link_libraries(runtime PRIVATE ${target})
-  target_compile_definitions(runtime PRIVATE CLIP_EXPORT_HAS_${option})
+  target_sources(clip_export_runtime PRIVATE ${source})
+  target_link_libraries(clip_export_runtime PRIVATE ${target})
+  target_compile_definitions(clip_export_runtime PRIVATE CLIP_EXPORT_HAS_${option})
   list(APPEND CLIP_EXPORT_BACKENDS ${name})
   set(CLIP_EXPORT_BACKENDS ${CLIP_EXPORT_BACKENDS} PARENT_SCOPE)
   message(STATUS "backend ${name}: ${version}")

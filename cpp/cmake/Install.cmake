@@ -1,7 +1,7 @@
 # What is installed: libraries, headers, and a config for find_package(clip_export).
 include(CMakePackageConfigHelpers)
 
-install(TARGETS tokenizer preprocess runtime c ${exported} EXPORT clip_export
+install(TARGETS clip_export_tokenizer clip_export_preprocess clip_export_runtime clip_export_c ${exported} EXPORT clip_export
         ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY include/clip_export DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 
