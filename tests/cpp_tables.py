@@ -178,7 +178,9 @@ def _ftfy() -> str:
 
 
 def _replacements(name: str, entries: dict[int, str]) -> str:
-    lines = "".join(f"{{{code}, {{{', '.join(str(ord(c)) for c in new)}}}}},\n" for code, new in sorted(entries.items()))
+    lines = "".join(
+        f"{{{code}, {{{', '.join(str(ord(c)) for c in new)}}}}},\n" for code, new in sorted(entries.items())
+    )
     return f"constexpr Replacement {name}[] = {{\n{lines}}};\n"
 
 
@@ -315,7 +317,9 @@ def _determined(nfa: Nfa, anchored: list[int], kinds: list[frozenset[frozenset[i
         here = todo.pop(0)
         row = []
         for atoms in kinds:
-            reached = closed([0, *(target for s in here for atom, target in nfa[s] if atom is not None and atom in atoms)])
+            reached = closed(
+                [0, *(target for s in here for atom, target in nfa[s] if atom is not None and atom in atoms)]
+            )
             if 1 in reached:
                 row.append(255)
                 continue

@@ -1,4 +1,4 @@
-"""Generated texts that tokenizers go wrong on: all planes of Unicode, mixed scripts, odd spacing, markup, special words."""
+"""Generated texts that tokenizers go wrong on: all planes of Unicode, mixed scripts, odd spacing, markup, specials."""
 
 from __future__ import annotations
 
@@ -8,10 +8,50 @@ import sys
 from collections.abc import Iterator
 
 SPACES = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"
-WORDS = ("a", "the", "cat", "Photo", "it's", "WE'LL", "don't", "'s", "''d", "3.14", "1000", "naïve", "straße", "ΟΔΟΣ", "Σ")
-SPECIALS = ("<|endoftext|>", "<|startoftext|>", "<start_of_text>", "<end_of_text>", "<|ENDOFTEXT|>", "<|ſtartoftext|>", "<|")
+WORDS = (
+    "a",
+    "the",
+    "cat",
+    "Photo",
+    "it's",
+    "WE'LL",
+    "don't",
+    "'s",
+    "''d",
+    "3.14",
+    "1000",
+    "naïve",
+    "straße",
+    "ΟΔΟΣ",
+    "Σ",
+)
+SPECIALS = (
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<start_of_text>",
+    "<end_of_text>",
+    "<|ENDOFTEXT|>",
+    "<|ſtartoftext|>",
+    "<|",
+)
 MARKS = "\u0301\u0327\u0345\u0334\u093c\u0f74\u302a\u1dce\U00016ff0\U0001d165\u05b0\u3099"
-PIECES = ("\x1b[31m", "\x1b[", "&", "&amp;", "&amp", "&lt;", "&#39;", "&#x1F600;", "&#0;", "&notit;", "&EACUTE;", "&;", "&#;", "<b>", "</b>")
+PIECES = (
+    "\x1b[31m",
+    "\x1b[",
+    "&",
+    "&amp;",
+    "&amp",
+    "&lt;",
+    "&#39;",
+    "&#x1F600;",
+    "&#0;",
+    "&notit;",
+    "&EACUTE;",
+    "&;",
+    "&#;",
+    "<b>",
+    "</b>",
+)
 PUNCTUATION = "!?.,;:-_#@$%^*()[]{}'\"`~|\\/<>=+“”‘’«»…–—•°©®™"
 BLOCKS = (
     *((0x20, 0x7F), (0xA0, 0x180), (0x180, 0x250), (0x370, 0x400), (0x400, 0x530), (0x530, 0x700), (0x900, 0xE00)),
@@ -70,7 +110,14 @@ def _markup(draw: random.Random) -> str:
     for _ in range(draw.randrange(1, 12)):
         entity = draw.choice(ENTITIES)
         number = draw.choice((draw.randrange(0x250), draw.randrange(0x120000)))
-        references = (f"&{entity}", f"&{entity.upper()}", f"&{entity}x;", f"&#{number};", f"&#x{number:x}", f"&#{number}")
+        references = (
+            f"&{entity}",
+            f"&{entity.upper()}",
+            f"&{entity}x;",
+            f"&#{number};",
+            f"&#x{number:x}",
+            f"&#{number}",
+        )
         parts.append(draw.choice((draw.choice(PIECES), draw.choice(references), draw.choice(WORDS), " ")))
     return "".join(parts)
 
@@ -79,8 +126,13 @@ def _marks(draw: random.Random) -> str:
     """Letters under piles of marks, out of order; jamo; sigmas among what has case and what has not."""
     parts = []
     for _ in range(draw.randrange(1, 14)):
-        base = draw.choice(("a", "E", "ο", "Σ", "Σ", "İ", "ǅ", "ᄀ", "ᅡ", "ᆨ", "각", "가", "が", "\u0b47", ".", "'", " ", "5", "\xad"))
-        pile = [_code_point(draw, 0x300, 0x36F) if draw.random() < 0.6 else draw.choice(MARKS) for _ in range(draw.randrange(4))]
+        base = draw.choice(
+            ("a", "E", "ο", "Σ", "Σ", "İ", "ǅ", "ᄀ", "ᅡ", "ᆨ", "각", "가", "が", "\u0b47", ".", "'", " ", "5", "\xad")
+        )
+        pile = [
+            _code_point(draw, 0x300, 0x36F) if draw.random() < 0.6 else draw.choice(MARKS)
+            for _ in range(draw.randrange(4))
+        ]
         parts += [base, *pile]
     return "".join(parts)
 

@@ -9,8 +9,8 @@ import cpp_tables
 import cpp_texts
 import numpy as np
 import pytest
-from checkpoints_made import huggingface_tokenizer_files
 from cpp_made import Cpp, CppError, CppTokenizer, build
+from tokenizer_oracles import huggingface_json
 
 from clip_export.spec import Dialect, TokenizerSpec
 from clip_export.tokenizer import Tokenizer, clip_tokenizer_json, default_truncate
@@ -25,11 +25,11 @@ def cpp() -> Cpp:
 
 
 @pytest.fixture(scope="module", params=DIALECTS)
-def both(request: pytest.FixtureRequest, cpp: Cpp, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, CppTokenizer]:
-    return _both(request.param, cpp, tmp_path_factory)
+def both(request: pytest.FixtureRequest, cpp: Cpp) -> tuple[Tokenizer, CppTokenizer]:
+    return _both(request.param, cpp)
 
 
-def _both(dialect: Dialect, cpp: Cpp, tmp: pytest.TempPathFactory, context: int = 77) -> tuple[Tokenizer, CppTokenizer]:
+def _both(dialect: Dialect, cpp: Cpp, context: int = 77) -> tuple[Tokenizer, CppTokenizer]:
     huggingface = dialect == "huggingface"
     spec = TokenizerSpec(
         dialect=dialect,
@@ -40,7 +40,7 @@ def _both(dialect: Dialect, cpp: Cpp, tmp: pytest.TempPathFactory, context: int 
         pooling="first_end" if huggingface else "argmax",
         truncate=default_truncate(dialect),
     )
-    json = huggingface_tokenizer_files(tmp.mktemp("tokenizer")) if huggingface else clip_tokenizer_json(dialect)
+    json = huggingface_json() if huggingface else clip_tokenizer_json(dialect)
     return Tokenizer(spec, json), cpp.tokenizer(spec, json)
 
 
@@ -97,9 +97,9 @@ def test_the_whole_corpus(both: tuple[Tokenizer, CppTokenizer]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_code_point(dialect: Dialect, cpp: Cpp, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_code_point(dialect: Dialect, cpp: Cpp) -> None:
     """Each stands between letters, after a mark and before one: 20 in a text, which none of them ends."""
-    python, ours = _both(dialect, cpp, tmp_path_factory, context=1024)
+    python, ours = _both(dialect, cpp, context=1024)
     codes = [chr(code) for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF and code != ord("<")]
     texts = [" ".join(f"a{c}Σ x\u0301{c}\u0327" for c in codes[at : at + 20]) for at in range(0, len(codes), 20)]
     refused = _compare(python, ours, texts)
