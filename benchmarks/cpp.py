@@ -31,9 +31,28 @@ from clip_export.spec import PreprocessSpec, TokenizerSpec  # noqa: E402
 from clip_export.tokenizer import Tokenizer, clip_tokenizer_json  # noqa: E402
 
 ROUNDS = 7
-WORDS = (
-    ["a", "photo", "of", "the", "red", "circle", "and", "two", "black", "squares", "on", "an", "old", "wooden", "table", "near", "window", "light", "bicycle", "mountain"]
-)
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "red",
+    "circle",
+    "and",
+    "two",
+    "black",
+    "squares",
+    "on",
+    "an",
+    "old",
+    "wooden",
+    "table",
+    "near",
+    "window",
+    "light",
+    "bicycle",
+    "mountain",
+]
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -91,10 +91,8 @@ def configure_arguments() -> list[str]:
     openvino = importlib.util.find_spec("openvino")
     if openvino is not None and openvino.submodule_search_locations:
         found.append(f"-DOpenVINO_DIR={openvino.submodule_search_locations[0]}/cmake")
-    for name in ("ONNXRUNTIME_INCLUDE", "TENSORRT_INCLUDE", "TENSORRT_RTX_INCLUDE", "CUDA_RUNTIME_INCLUDE"):
-        if name in os.environ:
-            found.append(f"-D{name}={os.environ[name]}")
-    return found
+    names = ("ONNXRUNTIME_INCLUDE", "TENSORRT_INCLUDE", "TENSORRT_RTX_INCLUDE", "CUDA_RUNTIME_INCLUDE")
+    return [*found, *(f"-D{name}={os.environ[name]}" for name in names if name in os.environ)]
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:

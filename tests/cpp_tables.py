@@ -215,7 +215,7 @@ def _badness() -> str:
     category = {"CATEGORY_SPACE": _matching(r"\s"), "CATEGORY_WORD": _matching(r"\w")}
     nfa: Nfa = [[], []]
     anchored: list[int] = []
-    _add(tree, nfa, 0, 1, category, anchored)
+    _add(tree, nfa, (0, 1), category, anchored)
     atoms = {atom for arcs in nfa for atom, _ in arcs if atom is not None}
     member: dict[int, list[int]] = {code: [] for code in range(0x110000)}
     ordered = sorted(atoms, key=lambda atom: (len(atom), min(atom)))
@@ -243,20 +243,21 @@ def _matching(pattern: str) -> frozenset[int]:
     return frozenset(code for code in range(0x110000) if compiled.fullmatch(chr(code)))
 
 
-def _add(tree: Any, nfa: Nfa, start: int, end: int, category: dict[str, frozenset[int]], anchored: list[int]) -> None:
-    """Arcs from `start` to `end` for a sequence of re's parsed nodes; an arc without an atom takes no code point."""
+def _add(tree: Any, nfa: Nfa, ends: tuple[int, int], category: dict[str, frozenset[int]], anchored: list[int]) -> None:
+    """Arcs from one of `ends` to the other for re's parsed nodes; an arc without an atom takes no code point."""
+    start, end = ends
     nodes = list(tree)
     for position, (kind, value) in enumerate(nodes):
         name, last = str(kind), position == len(nodes) - 1
         after = end if last else _new(nfa)
         if name == "BRANCH":
             for branch in value[1]:
-                _add(branch, nfa, start, after, category, anchored)
+                _add(branch, nfa, (start, after), category, anchored)
         elif name == "SUBPATTERN":
-            _add(value[3], nfa, start, after, category, anchored)
+            _add(value[3], nfa, (start, after), category, anchored)
         elif name == "MAX_REPEAT":
             assert value[:2] == (0, 1), value
-            _add(value[2], nfa, start, after, category, anchored)
+            _add(value[2], nfa, (start, after), category, anchored)
             nfa[start].append((None, after))
         elif name == "AT":
             assert str(value) == "AT_BEGINNING" and start == 0, value

@@ -160,8 +160,9 @@ void Preprocessor::operator()(const ImageView &image, std::uint8_t *pixels) cons
     kept.height = static_cast<int>(std::min<std::int64_t>(size.height - kept.top, crop - std::max(-top, 0)));
 
     // Colours that nobody sees must not bleed into their neighbours: Pillow resizes them multiplied by their alpha. The
-    // nearest pixel is no mixture, so it is taken as it is.
-    bool by_alpha = resizes && image.channels == 4 && !onto_white && spec_.interpolation != Interpolation::nearest;
+    // nearest pixel is no mixture, so it is taken as it is; and huggingface has no alpha left by then.
+    bool by_alpha = resizes && image.channels == 4 && spec_.dialect != Dialect::huggingface &&
+                    spec_.interpolation != Interpolation::nearest;
     if (by_alpha) {
         for (std::size_t at = 0; at < picture.levels.size(); at += 4) premultiply(picture.levels.data() + at);
     }
