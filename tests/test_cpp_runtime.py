@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from cpp_made import BUILD, Cpp, CppClip, CppError, build
 import clip_export
 from clip_export.bundle import Bundle
 from clip_export.errors import BundleError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import random_checkpoint
 
 TEXTS = ["a red circle", "two black squares on a white ground", "", "it&#39;s a “café”", "ΟΔΟΣ", "three " * 20]
 LEAST_COSINE = 0.99999
@@ -163,3 +167,17 @@ def test_golden_texts_that_come_out_otherwise(cpp: Cpp, demo_bundle: Path, tmp_p
         bundles_made.rewrite(copy, files=manifest["files"])
         with pytest.raises(CppError, match="other token ids than the build"):
             cpp.open(copy)
+
+
+@pytest.mark.slow
+def test_random_weights_at_the_size_of_vit_b_32(cpp: Cpp, tmp_path: Path) -> None:
+    random_checkpoint.make("vit-b-32", tmp_path / "checkpoint")
+    clip_export.build(tmp_path / "checkpoint", tmp_path / "bundle")
+    images = _images(6)
+    with clip_export.load(tmp_path / "bundle", backend="onnxruntime") as python:
+        texts, pictures = python.encode_text(TEXTS), python.encode_image(images)
+    for backend in cpp.backends:
+        if not backend.startswith("tensorrt"):
+            clip = cpp.open(tmp_path / "bundle", backend=backend)
+            assert _least_cosine(clip.encode_text(TEXTS), texts) >= LEAST_COSINE
+            assert _least_cosine(clip.encode_images(images), pictures) >= LEAST_COSINE
