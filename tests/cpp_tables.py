@@ -28,7 +28,7 @@ HEAD = "// Written by tests/cpp_tables.py; do not edit.\n"
 
 def tables() -> dict[str, str]:
     """File name -> content of every table."""
-    return {"unicode.inc": _unicode(), "entities.inc": _entities(), "ftfy.inc": _ftfy()}
+    return {"unicode.inc": _unicode(), "entities.inc": entities(), "ftfy.inc": _ftfy()}
 
 
 def ranges(points: Iterable[int]) -> list[tuple[int, int]]:
@@ -144,7 +144,8 @@ def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _entities() -> str:
+def entities() -> str:
+    """HTML's references as html.unescape has them, and those in capitals that ftfy adds."""
     html5 = dict(html.entities.html5)
     plain = {f"&{name}" for name in html5}
     upper = {name[1:]: new for name, new in ftfy.chardata.HTML_ENTITIES.items() if name not in plain}

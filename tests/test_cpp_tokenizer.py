@@ -108,10 +108,15 @@ def test_every_code_point(dialect: Dialect, cpp: Cpp) -> None:
     _compare(python, ours, singles)
 
 
+@pytest.mark.slow
 def test_tables_are_what_the_libraries_do() -> None:
     """The files of cpp/src/tables hold what the Python of record, ftfy and tokenizers give for every code point."""
     for name, content in cpp_tables.tables().items():
         assert (cpp_tables.FOLDER / name).read_text(encoding="ascii") == content, f"{name}: python tests/cpp_tables.py"
+
+
+def test_the_table_of_entities_is_that_of_python_and_ftfy() -> None:
+    assert (cpp_tables.FOLDER / "entities.inc").read_text(encoding="ascii") == cpp_tables.entities()
 
 
 def test_texts_that_cannot_be_encoded(both: tuple[Tokenizer, CppTokenizer]) -> None:
