@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clip_export.compilation import PlanOptions
     from clip_export.encoder import Encoder
     from clip_export.extension import extend
+    from clip_export.headers import get_include
     from clip_export.pipeline import build, reference
     from clip_export.quantization import Quantization
     from clip_export.runtime import load
@@ -40,6 +41,7 @@ __all__ = [
     "build",
     "errors",
     "extend",
+    "get_include",
     "load",
     "reference",
     "verify",
@@ -56,6 +58,7 @@ _HOMES = {
     "Verification": "verifying",
     "build": "pipeline",
     "extend": "extension",
+    "get_include": "headers",
     "load": "runtime",
     "reference": "pipeline",
     "verify": "verifying",

@@ -45,7 +45,7 @@ FENCE = re.compile(
     r"^(?:<!-- not run:(?P<reason>.*?)-->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 RUN_AS = {"python": "python", "console": "console", "sh": "console"}
-SHOWN_ONLY = {"", "text", "json", "toml", "makefile", "markdown"}
+SHOWN_ONLY = {"", "text", "json", "toml", "makefile", "markdown", "cmake", "cpp", "c"}
 LOOKS_RUNNABLE = re.compile(r"^(\$ |clip-export |import |from \w+ import |pip |make )", re.MULTILINE)
 VARIES = re.compile(r"\d+(\.\d+)? s\b|\d\.\de[-+]\d\d|\(\d+ a second\)")
 DECIMAL = re.compile(r"-?\d+\.\d+")

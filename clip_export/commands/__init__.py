@@ -34,10 +34,27 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _print_cmakedir(wanted: bool) -> None:
+    if wanted:
+        from clip_export.headers import cmake_dir
+
+        typer.echo(cmake_dir())
+        raise typer.Exit
+
+
 @app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+    cmakedir: Annotated[
+        bool,
+        typer.Option(
+            "--cmakedir",
+            help="Print where CMake finds the C++ runtime, for -Dclip_export_DIR.",
+            callback=_print_cmakedir,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """CLIP out of the notebook: checkpoints become engines that give the same embeddings, and prove it.

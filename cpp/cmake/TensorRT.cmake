@@ -1,0 +1,48 @@
+# TensorRT and TensorRT-RTX: headers are all that is needed to compile; the libraries and the NVIDIA driver are loaded when
+# a plan is opened, so that one program runs with and without them.
+
+# CUDA's headers: a toolkit, CUDA_RUNTIME_INCLUDE, or the wheels nvidia-cuda-runtime and nvidia-cuda-crt.
+clip_export_python_package(nvidia nvidia_package)
+if(nvidia_package)
+  file(GLOB cuda_wheel ${nvidia_package}/cu*/include)
+endif()
+find_path(CUDA_RUNTIME_INCLUDE cuda_runtime_api.h HINTS ${cuda_wheel} /usr/local/cuda/include)
+
+function(clip_export_tensorrt option name title source include)
+  if(CLIP_EXPORT_${option} STREQUAL "OFF")
+    clip_export_left_out(${option} ${name} "CLIP_EXPORT_${option} is OFF")
+  elseif(NOT include)
+    clip_export_left_out(${option} ${name} "no NvInferRuntime.h of ${title} was found; set ${option}_INCLUDE to its folder")
+  elseif(NOT CUDA_RUNTIME_INCLUDE)
+    clip_export_left_out(${option} ${name} "no cuda_runtime_api.h was found; set CUDA_RUNTIME_INCLUDE to its folder")
+  else()
+    add_library(clip_export_${name} OBJECT ${source})
+    target_include_directories(clip_export_${name} PRIVATE include)
+    target_include_directories(clip_export_${name} SYSTEM PRIVATE ${include} ${CUDA_RUNTIME_INCLUDE} ${json_include})
+    if(option STREQUAL "TENSORRT_RTX")
+      target_compile_definitions(clip_export_${name} PRIVATE nvinfer1=nvinfer1_rtx)
+    endif()
+    target_sources(clip_export_runtime PRIVATE $<TARGET_OBJECTS:clip_export_${name}>)
+    target_compile_definitions(clip_export_runtime PRIVATE CLIP_EXPORT_HAS_${option})
+    if(NOT TARGET clip_export_cuda)
+      add_library(clip_export_cuda OBJECT src/cuda.cpp)
+      target_include_directories(clip_export_cuda PRIVATE include)
+      target_include_directories(clip_export_cuda SYSTEM PRIVATE ${CUDA_RUNTIME_INCLUDE})
+      target_sources(clip_export_runtime PRIVATE $<TARGET_OBJECTS:clip_export_cuda>)
+      target_link_libraries(clip_export_runtime PRIVATE ${CMAKE_DL_LIBS})
+    endif()
+    list(APPEND CLIP_EXPORT_BACKENDS ${name})
+    set(CLIP_EXPORT_BACKENDS ${CLIP_EXPORT_BACKENDS} PARENT_SCOPE)
+    message(STATUS "backend ${name}: headers in ${include}")
+  endif()
+endfunction()
+
+# Since 11.2 the SDKs bring configs, whose targets know the include folder.
+foreach(flavour Enterprise RTX)
+  find_package(TensorRT-${flavour} QUIET)
+endforeach()
+find_path(TENSORRT_INCLUDE NvInferRuntime.h HINTS ${TensorRT-Enterprise_INCLUDE_DIRS} PATH_SUFFIXES tensorrt)
+find_path(TENSORRT_RTX_INCLUDE NvInferRuntime.h HINTS ${TensorRT-RTX_INCLUDE_DIRS} $ENV{TENSORRT_RTX_ROOT}/include
+          NO_DEFAULT_PATH)
+clip_export_tensorrt(TENSORRT tensorrt TensorRT src/backend_tensorrt.cpp "${TENSORRT_INCLUDE}")
+clip_export_tensorrt(TENSORRT_RTX tensorrt-rtx TensorRT-RTX src/backend_tensorrt_rtx.cpp "${TENSORRT_RTX_INCLUDE}")
