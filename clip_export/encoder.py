@@ -46,7 +46,8 @@ class Encoder:
     [batch, 3, height, width]. `trim` says that a text batch may be cut after its longest end token, which changes
     nothing for a causal tower and saves most of the work on captions; `trim_step` that the length left is a multiple of
     it, so that an engine which prepares for each shape meets few of them. `on_device` are the towers whose engines can
-    leave embeddings on a GPU. `engine` says what runs it, as in "onnxruntime, cpu".
+    leave embeddings on a GPU. `engine` says what runs it, as in "onnxruntime, cpu". `trim_embeddings` is `trim` for
+    those alone who ask for nothing but embeddings; `second` the other text encoder of a model that has two.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class Encoder:
         tokenizer: Tokenizer | None = None,
         preprocessor: Preprocessor | None = None,
         trim: bool = False,
+        trim_embeddings: bool = False,
         trim_step: int = 1,
         batch_size: int = DEFAULT_BATCH_SIZE,
         close: Callable[[], None] | None = None,
         engine: str = "",
+        second: Encoder | None = None,
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"expected a batch size of at least 1, found {batch_size!r}", hint="32 is the default")
@@ -73,7 +76,9 @@ class Encoder:
         self._on_device = on_device or {}
         self._tokenizer = tokenizer
         self._preprocessor = preprocessor
+        self.second = second
         self._trim = trim
+        self._trim_embeddings = trim or trim_embeddings
         self._trim_step = trim_step
         self._close = close
 
@@ -127,10 +132,10 @@ class Encoder:
         `device_output` leaves them on the GPU: a DeviceArray, for DLPack. Raises TextError naming the text, InputError
         where the bundle was built without embeddings or where no engine of a GPU runs it.
         """
-        if not device_output:
-            return self._embedding("text", self.text_outputs(texts, truncate=truncate), normalize)
         tokens = self._tokens(texts, truncate)
-        length = self._length(tokens, slice(None))
+        if not device_output:
+            return self._embedding("text", self.token_outputs(tokens, only="embedding"), normalize)
+        length = self._length(tokens, slice(None), self._trim_embeddings)
         feeds = {"input_ids": np.ascontiguousarray(tokens.input_ids[:, :length]), "eot_index": tokens.eot_index}
         return self._left_on_device("text", feeds, normalize)
 
@@ -204,13 +209,20 @@ class Encoder:
         """
         return self.token_outputs(self._tokens(texts, truncate))
 
-    def token_outputs(self, tokens: Tokens) -> dict[str, Floats]:
-        """Like `text_outputs`, from token ids."""
-        run = self._runner("text")
-        batches = (
-            (rows, run({"input_ids": _block(tokens.input_ids, rows, length), "eot_index": tokens.eot_index[rows]}))
-            for rows, length in self._text_batches(tokens)
-        )
+    def token_outputs(
+        self, tokens: Tokens, *, only: str | None = None, more: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Floats]:
+        """Like `text_outputs`, from token ids. `only` is the one output that is wanted, of those that trimming leaves
+        as they are; `more` are inputs [n, ...] of a graph that takes more than ids, which is then given whole rows."""
+        run, further = self._runner("text"), more or {}
+        trim = not further and (self._trim if only is None else self._trim_embeddings)
+
+        def outputs(rows: np.ndarray, length: int) -> Mapping[str, np.ndarray]:
+            ids = {"input_ids": _block(tokens.input_ids, rows, length), "eot_index": tokens.eot_index[rows]}
+            found = run({**ids, **{name: array[rows] for name, array in further.items()}})
+            return found if only is None else {only: found[only]} if only in found else {}
+
+        batches = ((rows, outputs(rows, length)) for rows, length in self._text_batches(tokens, trim))
         return self._collect("text", len(tokens.input_ids), batches)
 
     def image_outputs(self, images: Sequence[ImageInput]) -> dict[str, Floats]:
@@ -250,6 +262,8 @@ class Encoder:
         """Free the engines. An encoder that is closed raises BackendError when it is used."""
         if self._close is not None:
             self._close()
+        if self.second is not None:
+            self.second.close()
 
     def __enter__(self) -> Encoder:
         return self
@@ -267,17 +281,17 @@ class Encoder:
     def _chunks(self, count: int) -> Iterator[slice]:
         return (slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size))
 
-    def _text_batches(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, int]]:
+    def _text_batches(self, tokens: Tokens, trim: bool) -> Iterator[tuple[np.ndarray, int]]:
         """(rows, sequence length) of each batch: texts of like length together, so that little is padded."""
-        order = np.argsort(tokens.eot_index, kind="stable") if self._trim else np.arange(len(tokens.eot_index))
+        order = np.argsort(tokens.eot_index, kind="stable") if trim else np.arange(len(tokens.eot_index))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            yield rows, self._length(tokens, rows)
+            yield rows, self._length(tokens, rows, trim)
 
-    def _length(self, tokens: Tokens, rows: np.ndarray | slice) -> int:
+    def _length(self, tokens: Tokens, rows: np.ndarray | slice, trim: bool) -> int:
         """How much of the context the engine gets for `rows`."""
         context_length = tokens.input_ids.shape[1]
-        if not self._trim:
+        if not trim:
             return int(context_length)
         longest = int(tokens.eot_index[rows].max(initial=0)) + 1
         return int(min(context_length, -(-longest // self._trim_step) * self._trim_step))

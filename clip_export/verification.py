@@ -19,15 +19,17 @@ from clip_export import backends
 from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
 from clip_export.choice import CPU_INT8, FP32, GRAPHS, Choice, best_plans, choose
+from clip_export.context_inputs import sampled_feeds
 from clip_export.cosine import cosines, unit_rows
 from clip_export.encoder import Encoder, Floats
 from clip_export.errors import BundleIntegrityError, ContractError
 from clip_export.golden import ImageGolden, TextGolden
-from clip_export.manifest import REBUILD
+from clip_export.manifest import REBUILD, SECOND
 from clip_export.progress import Progress, silent
 from clip_export.runtime import open_choice
 from clip_export.simulation import simulated, simulation_lacks
 from clip_export.spec import Tower
+from clip_export.tokenizer import Tokens
 
 # Least cosine to the reference in float32, by precision. A graph that is all fp16 cannot be refined by keeping more of
 # it in fp32. bf16 has 8 bits where fp16 has 11: errors 8 times as large, and 1 - cosine goes with their square.
@@ -109,7 +111,19 @@ def verify(
     bundle = path if isinstance(path, Bundle) else Bundle.open(path)
     runs, notes = find_runs(bundle, backend, device, precision)
     asked = [precision] if precision is not None else list(bundle.manifest.variants) if backend is None else []
-    return _replayed(bundle, runs, asked, notes, progress)
+    found, second = _replayed(bundle, runs, asked, notes, progress), bundle.second
+    if second is None:
+        return found
+    also = verify(second, backend=backend, device=device, precision=precision, progress=progress)
+    return _both(found, also)
+
+
+def _both(first: Verification, second: Verification) -> Verification:
+    """One verification of a bundle and of that of its second text encoder, whose outputs are named text_2/…."""
+    rows = [dataclasses.replace(row, output=f"{SECOND}/{row.output}") for row in second.rows]
+    missed = {name: first.missed.get(name, ()) + second.missed.get(name, ()) for name in {**first.missed, **second.missed}}
+    notes = tuple(dict.fromkeys((*first.notes, *second.notes)))
+    return Verification(name=first.name, rows=(*first.rows, *rows), notes=notes, missed=missed)
 
 
 def verify_choice(
@@ -176,7 +190,7 @@ def find_runs(
             continue
         if missing is None:
             bundle.graph(bundle.spec.towers[0], wanted)  # raises where there is no such precision
-            runs[wanted] = (f"simulation of {wanted}, cpu", wanted, partial(simulated, bundle, wanted))
+            runs[wanted] = (f"simulation of {wanted}, cpu", wanted, partial(simulated, bundle, wanted, second=False))
         elif precision is not None:
             raise missing
         else:
@@ -210,7 +224,7 @@ def _compare(
 ) -> list[Row]:
     if isinstance(golden, TextGolden):
         tower: Tower = "text"
-        found = encoder.text_outputs(golden.texts, truncate=True)
+        found = _text_outputs(encoder, golden)
     else:
         tower = "image"
         found = encoder.image_outputs(golden.files)
@@ -218,6 +232,15 @@ def _compare(
         compare(tower, name, found[name], expected, precision=precision, engine=engine, required=required)
         for name, expected in golden.outputs.items()
     ]
+
+
+def _text_outputs(encoder: Encoder, golden: TextGolden) -> dict[str, Floats]:
+    if encoder.spec.context is None:
+        return encoder.text_outputs(golden.texts, truncate=True)
+    # Their ids were compared with the tokenizer's when the bundle was loaded.
+    tokens = Tokens(golden.input_ids, golden.eot_index)
+    feeds = sampled_feeds({"input_ids": golden.input_ids, "eot_index": golden.eot_index}, encoder.spec)
+    return encoder.token_outputs(tokens, more={"layer": feeds["layer"]})
 
 
 def required_cosine(bundle: Bundle, precision: str) -> float:
