@@ -6,7 +6,9 @@ them compares the engines and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_export.backends.device_array import is_device_array
+from clip_export.context import Context, encode_context, read_embeddings
+from clip_export.context.inversion import for_encoder
+from clip_export.context.units import Unit
 from clip_export.errors import ImageError, InputError
 from clip_export.plans import NORMALIZED
 from clip_export.preprocess import ImageInput, Preprocessor, as_list
 from clip_export.spec import ModelSpec, Tower
-from clip_export.tokenizer import Tokenizer, Tokens
+from clip_export.tokenizer import Tokenizer, Tokens, clip_tokenizer_json
 
 if TYPE_CHECKING:
     from clip_export.backends.device_array import DeviceArray
@@ -29,6 +34,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Run: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 DEFAULT_BATCH_SIZE = 32
+CLIP_END_ID = 49407  # of CLIP's own vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._preprocessor = preprocessor
         self.second = second
+        self._open_clip: Tokenizer | None = None
         self._trim = trim
         self._trim_embeddings = trim or trim_embeddings
         self._trim_step = trim_step
@@ -224,6 +231,65 @@ class Encoder:
 
         batches = ((rows, outputs(rows, length)) for rows, length in self._text_batches(tokens, trim))
         return self._collect("text", len(tokens.input_ids), batches)
+
+    def context(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: Sequence[str | None] | None = None,
+        clip_skip: str | None = None,
+        dialect: str = "diffusers",
+        embeddings: Mapping[str, str | os.PathLike[str]] | Sequence[str | os.PathLike[str]] = (),
+    ) -> Context:
+        """What a diffusion model is given for `prompts`, as `dialect` has it: diffusers, comfyui, a1111 or compel.
+
+        `negative` are as many prompts, None for one that is not given; `clip_skip` is last, penultimate, last-2, or a
+        tool's own number with its name (comfyui:-2, diffusers:1, a1111:2), by default what the model was trained with;
+        `embeddings` are files of textual inversion, named by their stems or by the keys of a mapping.
+
+        Raises InputError, which names it, for what cannot be read or is not there, and where the bundle was built
+        without --context.
+        """
+        given = read_embeddings(embeddings) if embeddings else {}
+        encoders = [self] if self.second is None else [self, self.second]
+        units = [encoder.as_unit(number, len(encoders), given) for number, encoder in enumerate(encoders)]
+        runs = [encoder.run_rows for encoder in encoders]
+        return encode_context(units, runs, prompts, negative=negative, clip_skip=clip_skip, dialect=dialect)
+
+    def as_unit(self, number: int, encoders: int, embeddings: Mapping[str, Mapping[str, Floats]]) -> Unit:
+        """This encoder as a dialect of prompts sees it. Raises InputError where it gives no Context."""
+        spec = self.spec
+        if spec.context is None or spec.text is None or spec.tokenizer is None or self._tokenizer is None:
+            hint = "build it again with: clip-export build CHECKPOINT --context"
+            raise InputError("this bundle gives embeddings, and no Context", hint=hint)
+        width, first_id = spec.text.transformer.width, spec.text.vocab_size
+        return Unit(
+            number=number,
+            text=spec.text,
+            tokenizer=spec.tokenizer,
+            context=spec.context,
+            ids=self._tokenizer.ids,
+            a1111_ids=self._a1111_tokenizer(number).ids,
+            word=self._tokenizer.word,
+            embeddings=for_encoder(embeddings, number, encoders=encoders, width=width, first_id=first_id),
+        )
+
+    def run_rows(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The text graph on rows of its five inputs, in batches; every output of every position."""
+        more = {name: feeds[name] for name in ("layer", "attention_mask", "inputs_embeds")}
+        return self.token_outputs(Tokens(feeds["input_ids"], feeds["eot_index"]), more=more)
+
+    def _a1111_tokenizer(self, number: int) -> Tokenizer:
+        """AUTOMATIC1111 has open_clip's tokenizer before OpenCLIP's encoders, where others have Hugging Face's."""
+        assert self._tokenizer is not None and self.spec.context is not None
+        family, spec = self.spec.context.family, self._tokenizer.spec
+        openclip = family in ("sd2", "sdxl_refiner") or (family == "sdxl" and number == 1)
+        if not openclip or spec.dialect == "open_clip" or spec.end_id != CLIP_END_ID:
+            return self._tokenizer
+        if self._open_clip is None:
+            own = dataclasses.replace(spec, dialect="open_clip", truncate=True)
+            self._open_clip = Tokenizer(own, clip_tokenizer_json("open_clip"))
+        return self._open_clip
 
     def image_outputs(self, images: Sequence[ImageInput]) -> dict[str, Floats]:
         """Everything that the image graph gives, by output name.
