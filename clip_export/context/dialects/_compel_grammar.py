@@ -58,6 +58,14 @@ Found: TypeAlias = tuple[list[Piece], int] | None  # what was read, and where it
 
 def parse(prompt: str) -> Joined:
     """Read `prompt`. Raises InputError where compel raises, and for what asks for more than a Context."""
+    joined = _parsed(prompt)
+    every = [flat for part in joined.prompts for flat in (part.prompts if isinstance(part, Blend) else (part,))]
+    if not every or not all(every):
+        raise InputError(f"compel finds no text in a part of the prompt {prompt!r}", hint='"" in it is an empty one')
+    return joined
+
+
+def _parsed(prompt: str) -> Joined:
     prompt = re.sub(r",(\S)", r", \1", prompt)
     if not prompt.strip():
         return Joined(((("", 1.0),),), (1.0,))
