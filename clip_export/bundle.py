@@ -111,7 +111,7 @@ class Bundle:
 
     @property
     def second(self) -> Bundle | None:
-        """The bundle of the second text encoder, for a model that has two. This one's manifest vouches for its files."""
+        """The bundle of the second text encoder of a model that has two. This one's manifest vouches for its files."""
         context = self.spec.context
         return Bundle.open(self.path / SECOND, check_files=False) if context is not None and context.second else None
 

@@ -2,7 +2,7 @@
 
 | input | shape | means |
 |---|---|---|
-| layer | int32 [batch] | the block whose states are wanted, counted from the end: 0 is the last; `layers` the embeddings |
+| layer | int32 [batch] | whose states are wanted, from the end: 0 is the last block, `layers` the embeddings |
 | attention_mask | int32 [batch, sequence] | 0 hides a position from those after it, as compel does; 1 shows it |
 | inputs_embeds | float32 [batch, sequence, width] | what stands where input_ids is -1: vectors of textual inversion |
 """
@@ -25,14 +25,14 @@ VECTOR_ID = -1  # in input_ids: this position takes its vector from inputs_embed
 def complete_feeds(feeds: Mapping[str, np.ndarray], text: TextSpec) -> dict[str, np.ndarray]:
     """`feeds` with what is missing: the last layer, every position visible, no vectors. In the order of the graph."""
     ids = feeds["input_ids"]
-    if set(feeds) >= set(CONTEXT_INPUTS):
-        return {name: feeds[name] for name in CONTEXT_INPUTS}
-    missing = {
-        "layer": lambda: np.zeros(len(ids), np.int32),
-        "attention_mask": lambda: np.ones(ids.shape, np.int32),
-        "inputs_embeds": lambda: np.zeros((*ids.shape, text.transformer.width), np.float32),
-    }
-    return {name: feeds[name] if name in feeds else missing[name]() for name in CONTEXT_INPUTS}
+    filled = {**feeds}
+    if "layer" not in filled:
+        filled["layer"] = np.zeros(len(ids), np.int32)
+    if "attention_mask" not in filled:
+        filled["attention_mask"] = np.ones(ids.shape, np.int32)
+    if "inputs_embeds" not in filled:
+        filled["inputs_embeds"] = np.zeros((*ids.shape, text.transformer.width), np.float32)
+    return {name: filled[name] for name in CONTEXT_INPUTS}
 
 
 def completed(run: Callable[..., Any], spec: ModelSpec) -> Callable[..., Any]:

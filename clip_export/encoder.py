@@ -262,7 +262,12 @@ class Encoder:
         if spec.context is None or spec.text is None or spec.tokenizer is None or self._tokenizer is None:
             hint = "build it again with: clip-export build CHECKPOINT --context"
             raise InputError("this bundle gives embeddings, and no Context", hint=hint)
-        width, first_id = spec.text.transformer.width, spec.text.vocab_size
+        sizes = {
+            "encoders": encoders,
+            "width": spec.text.transformer.width,
+            "first_id": spec.text.vocab_size,
+            "room": spec.text.context_length - 2,
+        }
         return Unit(
             number=number,
             text=spec.text,
@@ -271,7 +276,7 @@ class Encoder:
             ids=self._tokenizer.ids,
             a1111_ids=self._a1111_tokenizer(number).ids,
             word=self._tokenizer.word,
-            embeddings=for_encoder(embeddings, number, encoders=encoders, width=width, first_id=first_id),
+            embeddings=for_encoder(embeddings, number, **sizes),
         )
 
     def run_rows(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,14 +87,16 @@ def build(
         source = read(checkpoint, options)
         stated = dataclasses.asdict(options) | {"towers": ",".join(towers or ()), "outputs": ",".join(outputs or ())}
         stated["context"] = "true" if context else ""
-        if context:
-            towers = ("text",)
+        selected = ("text",) if context else towers
+        made = partial(
+            _build_parts, towers=selected, outputs=outputs, versions=versions, stated=stated, progress=progress
+        )
         name = default_name(checkpoint)
         if source.second is not None:
             # A bundle of its own, so that all that is done with one can be done with it.
             (staging / SECOND).mkdir()
-            _build_parts(source.second, staging / SECOND, towers, outputs, versions, stated, f"{name}.{SECOND}", progress)
-        _build_parts(source, staging, towers, outputs, versions, stated, name, progress)
+            made(source.second, staging / SECOND, f"{name}.{SECOND}")
+        made(source, staging, name)
         require_contract(verify(staging, backend=PROOF_BACKEND, progress=progress))
     return Bundle.open(target, check_files=False)
 
@@ -128,11 +131,12 @@ def _reference(source: Checkpoint) -> Encoder:
 def _build_parts(
     source: Checkpoint,
     staging: Path,
+    name: str,
+    *,
     towers: Sequence[Tower] | None,
     outputs: Sequence[str] | None,
     versions: dict[str, str],
     stated: dict[str, str | None],
-    name: str,
     progress: Progress,
 ) -> None:
     """The graphs of one checkpoint, and all that goes with them, into `staging`."""

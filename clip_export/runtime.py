@@ -181,9 +181,7 @@ def _prepared(bundle: Bundle, plan: Plan, work: Path) -> Path:
     return prepare(graph, work / graph.name, primitive=plan.options.get("attention") == "primitive")
 
 
-def _on_device(
-    spec: ModelSpec, choice: Choice, engines: Mapping[Tower, backends.Engine]
-) -> dict[Tower, OnDevice]:
+def _on_device(spec: ModelSpec, choice: Choice, engines: Mapping[Tower, backends.Engine]) -> dict[Tower, OnDevice]:
     """The towers that can leave their outputs on a GPU, with the outputs that are there to be left."""
     if choice.device == "cpu":
         return {}

@@ -58,7 +58,7 @@ def profiles(
     assert spec.text is not None
     context = spec.text.context_length
     sequences = _ranges(_lengths(context, lengths)) if sequence_dynamic else [(context, context)]
-    made = [
+    made: list[Profile] = [
         {"input_ids": _text_shapes(batch, sequence), "eot_index": _text_shapes(batch)}
         for batch in batch_ranges
         for sequence in sequences

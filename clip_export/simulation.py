@@ -25,7 +25,8 @@ from clip_export.spec import Tower
 def simulated(bundle: Bundle, precision: str, *, second: bool = True) -> Iterator[Encoder]:
     """An Encoder that computes what a GPU computes with the `precision` graphs of `bundle`, rounding by rounding.
 
-    Takes an fp32 copy of the graphs in a temporary directory, of a second text encoder too unless it is not wanted. Raises MissingDependencyError without onnx-ir.
+    Takes an fp32 copy of the graphs in a temporary directory, of a second text encoder too unless it is not wanted.
+    Raises MissingDependencyError without onnx-ir.
     """
     lacks = simulation_lacks()
     if lacks is not None:

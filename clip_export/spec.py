@@ -134,10 +134,11 @@ class PreprocessSpec:
 class ContextSpec:
     """What the text tower is to a diffusion model, for those that give Context.
 
-    `family` is whose rules hold: which layer is taken and whether the final LayerNorm is applied to it. `missing_blocks`
-    is how many blocks at the end of that family's encoder the checkpoint does not have, as in Stable Diffusion 2 in
-    diffusers' layout, which has 23 of 24: layers are counted from the end of the whole. `second` says that there is
-    another encoder, whose hidden states are joined to these. `zero_negative` is diffusers' force_zeros_for_empty_prompt.
+    `family` is whose rules hold: which layer is taken, and whether the final LayerNorm is applied to it.
+    `missing_blocks` is how many blocks at the end of that family's encoder the checkpoint does not have, as in Stable
+    Diffusion 2 in diffusers' layout, which has 23 of 24: layers are counted from the end of the whole. `second` says
+    that there is another encoder, whose hidden states are joined to these. `zero_negative` is what diffusers calls
+    force_zeros_for_empty_prompt.
     """
 
     family: Family

@@ -121,7 +121,9 @@ def verify(
 def _both(first: Verification, second: Verification) -> Verification:
     """One verification of a bundle and of that of its second text encoder, whose outputs are named text_2/…."""
     rows = [dataclasses.replace(row, output=f"{SECOND}/{row.output}") for row in second.rows]
-    missed = {name: first.missed.get(name, ()) + second.missed.get(name, ()) for name in {**first.missed, **second.missed}}
+    missed = {
+        name: first.missed.get(name, ()) + second.missed.get(name, ()) for name in {**first.missed, **second.missed}
+    }
     notes = tuple(dict.fromkeys((*first.notes, *second.notes)))
     return Verification(name=first.name, rows=(*first.rows, *rows), notes=notes, missed=missed)
 

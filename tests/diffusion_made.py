@@ -159,10 +159,16 @@ def openai_names(prefix: str, model: Any, *, extra_block: bool = False) -> dict[
     layers = model.config.num_hidden_layers
     for i in range(layers):
         block = f"encoder.layers.{i}."
-        found |= _block(f"transformer.resblocks.{i}.", {k.removeprefix(block): v for k, v in state.items() if block in k})
+        found |= _block(
+            f"transformer.resblocks.{i}.", {k.removeprefix(block): v for k, v in state.items() if block in k}
+        )
     if extra_block:
         last = f"transformer.resblocks.{layers - 1}."
-        twin = {key.replace(last, f"transformer.resblocks.{layers}."): value * 1.1 for key, value in found.items() if last in key}
+        twin = {
+            key.replace(last, f"transformer.resblocks.{layers}."): value * 1.1
+            for key, value in found.items()
+            if last in key
+        }
         found |= twin
     projection = state.get("text_projection.weight")
     width = model.config.hidden_size
@@ -173,7 +179,9 @@ def openai_names(prefix: str, model: Any, *, extra_block: bool = False) -> dict[
 def _block(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
     names |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    found = {f"{prefix}{new}.{part}": state[f"{old}.{part}"] for old, new in names.items() for part in ("weight", "bias")}
+    found = {
+        f"{prefix}{new}.{part}": state[f"{old}.{part}"] for old, new in names.items() for part in ("weight", "bias")
+    }
     for part in ("weight", "bias"):
         packed = torch.cat([state[f"self_attn.{letter}_proj.{part}"] for letter in "qkv"])
         found[f"{prefix}attn.in_proj_{part}"] = packed

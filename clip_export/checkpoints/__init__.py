@@ -78,8 +78,8 @@ class Checkpoint:
     `weights` maps each name of `spec.weight_shapes(spec)` to a tensor of that shape in the dtype it is stored in. It is
     lazy: a tensor is read when it is asked for and not kept, so that one weight at a time is in memory. Asking may
     raise WeightsError (NaN or infinite values) and CheckpointError (the file has changed).
-    `tokenizer_json` is the tokenizer in the format of the tokenizers library; None without a text tower. `second` is the
-    other text encoder of a model that has two.
+    `tokenizer_json` is the tokenizer in the format of the tokenizers library; None without a text tower. `second` is
+    the other text encoder of a model that has two.
     """
 
     spec: ModelSpec

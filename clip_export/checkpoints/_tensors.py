@@ -37,7 +37,7 @@ class _Inert:
 
 
 # The callbacks of Stable Diffusion 1's own .ckpt files. Nothing is ever made of them.
-_INERT = [
+_INERT: list[Any] = [
     (_Inert, f"{package}.callbacks.{name}")
     for package in ("pytorch_lightning", "lightning.pytorch")
     for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "lr_monitor.LearningRateMonitor")

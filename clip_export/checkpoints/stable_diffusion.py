@@ -4,9 +4,9 @@
 |---|---|---|
 | cond_stage_model.transformer.* | CLIP-L in Hugging Face's names | Stable Diffusion 1 |
 | cond_stage_model.model.* | OpenCLIP-H in OpenAI's names | Stable Diffusion 2 |
-| conditioner.embedders.0.transformer.*, conditioner.embedders.1.model.* | CLIP-L and OpenCLIP-bigG | SDXL |
+| conditioner.embedders.0.transformer.*, .1.model.* | CLIP-L and OpenCLIP-bigG | SDXL |
 | conditioner.embedders.0.model.* | OpenCLIP-bigG | SDXL's refiner |
-| text_encoders.clip_l.transformer.*, text_encoders.clip_g.transformer.* | the same two, both in Hugging Face's names | SD 3 |
+| text_encoders.clip_l.transformer.*, .clip_g.transformer.* | the same two, both in Hugging Face's names | SD 3 |
 
 The rest of such a file (UNet, VAE, their EMA) is passed over without being read. A folder has model_index.json, and is
 read encoder by encoder as `huggingface` reads one.
@@ -72,7 +72,11 @@ _SINGLE_FILES: tuple[tuple[re.Pattern[str], Family, tuple[_Encoder, ...]], ...] 
         "sdxl",
         (_encoder("conditioner.embedders.0.transformer.", _L), _encoder("conditioner.embedders.1.model.", _H)),
     ),
-    (re.compile(r"conditioner\.embedders\.0\.model\."), "sdxl_refiner", (_encoder("conditioner.embedders.0.model.", _H),)),
+    (
+        re.compile(r"conditioner\.embedders\.0\.model\."),
+        "sdxl_refiner",
+        (_encoder("conditioner.embedders.0.model.", _H),),
+    ),
     (
         re.compile(r"text_encoders\.clip_[lg]\.transformer\."),
         "sd3",
@@ -97,7 +101,10 @@ _OTHERS = (
     (re.compile(r"lora_(te|unet|down|up)|\.lora_[AB]\.|lora\.(up|down)|hada_w1|lokr_"), "a LoRA"),
     (re.compile(r"string_to_param|emb_params|^clip_[lg]$"), "an embedding of textual inversion"),
     (re.compile(r"control_model\.|controlnet_cond_embedding|input_hint_block"), "a ControlNet"),
-    (re.compile(r"^model\.diffusion_model\.|^down_blocks\.|^diffusion_model\.|^joint_blocks\.|^input_blocks\."), "a UNet"),
+    (
+        re.compile(r"^model\.diffusion_model\.|^down_blocks\.|^diffusion_model\.|^joint_blocks\.|^input_blocks\."),
+        "a UNet",
+    ),
     (re.compile(r"^first_stage_model\.|^(encoder|decoder)\.(down|up|mid|conv)"), "a VAE"),
     (re.compile(r"^encoder\.block\.\d+\.layer\.|^text_encoders\.t5"), "a T5 text encoder"),
 )
@@ -130,7 +137,7 @@ def read(checkpoint: str | Path, options: Options) -> Checkpoint:
     path = Path(checkpoint)
     if not options.context:
         raise CheckpointError(
-            f"{base_name(path)} is a whole diffusion pipeline, whose text encoders give Context and not embeddings alone",
+            f"{base_name(path)} is a whole diffusion pipeline, whose text encoders give Context",
             hint=f"add --context; or name one encoder: {path / 'text_encoder'}",
         )
     return _read_folder(path, options) if path.is_dir() else _read_file(path, options)
@@ -169,7 +176,9 @@ def _read_folder(path: Path, options: Options) -> Checkpoint:
         family = "sdxl_refiner"
     elif len(present) < len(names):
         missing = ", ".join(sorted(set(names) - set(present)))
-        raise CheckpointError(f"{MODEL_INDEX} says {family}, and names no {missing}", hint="the download may be partial")
+        raise CheckpointError(
+            f"{MODEL_INDEX} says {family}, and names no {missing}", hint="the download may be partial"
+        )
     encoders = [_folder_encoder(path / name, options) for name in present]
     text = encoders[0].spec.text
     assert text is not None
@@ -189,7 +198,7 @@ def _pipeline(index: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
         if name.startswith(start):
             return found
     raise UnsupportedModelError(
-        f"{MODEL_INDEX}: found a {name}; supported are Stable Diffusion 1 and 2, SDXL and its refiner, and the CLIPs of 3",
+        f"{MODEL_INDEX}: found a {name}; supported are Stable Diffusion 1, 2 and XL, and the CLIPs of 3",
         hint="its text encoder alone may build: name its folder, such as text_encoder",
     )
 
@@ -310,9 +319,7 @@ def _openai_text(
     return text, recipes
 
 
-def _text(
-    part: _Encoder, options: Options, *, width: int, layers: int, mlp_width: int, vocab_size: int
-) -> TextSpec:
+def _text(part: _Encoder, options: Options, *, width: int, layers: int, mlp_width: int, vocab_size: int) -> TextSpec:
     if width % _HEAD_WIDTH:
         raise UnsupportedModelError(f"{part.prefix} is {width} wide, expected a multiple of {_HEAD_WIDTH}")
     return TextSpec(

@@ -54,7 +54,9 @@ def build(
     ] = None,
     context: Annotated[
         bool,
-        typer.Option("--context", help="Text encoders that give a diffusion model its Context, for any dialect of prompts."),
+        typer.Option(
+            "--context", help="Text encoders that give a diffusion model its Context, for any dialect of prompts."
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there: bundle, graphs or plans.")] = False,
     activation: Annotated[

@@ -7,7 +7,7 @@
     encoding.py   prompts through a dialect and one or two encoders
     result.py     the Context, and its file
 
-docs/context.md has the table of what each tool does. Nothing here needs torch, but for embeddings in a .pt file.
+docs/context.md has the table of what each tool does. Nothing here needs torch, files of torch.save included.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def unit_depth(layer: Layer, unit: Unit) -> int:
         return depth
     whole = layers + context.missing_blocks
     if depth < 0:
-        message = f"clip_skip {layer.name} is a block that this checkpoint does not have: it ends {context.missing_blocks} before"
+        message = f"clip_skip {layer.name} is a block that this checkpoint does not have: the encoder ends before it"
         raise InputError(message, hint=f"{default_layer(context.family).name} is what the model was trained with")
     message = f"clip_skip {layer.name} is beyond the {whole} layers of the text encoder"
     raise InputError(message, hint=f"from last to last-{whole}, which is the embeddings of its tokens")
@@ -92,7 +92,9 @@ def unit_depth(layer: Layer, unit: Unit) -> int:
 
 def _checked(prompts: object, what: str, *, none: bool = False) -> tuple[str | None, ...]:
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        raise InputError(f"expected a list of {what}, found {type(prompts).__name__}", hint="put it into a list: [text]")
+        raise InputError(
+            f"expected a list of {what}, found {type(prompts).__name__}", hint="put it into a list: [text]"
+        )
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) and not (none and prompt is None):
             raise InputError(f"{what} {index} is not a str but {type(prompt).__name__}", hint="give texts")
@@ -118,8 +120,12 @@ def _encode(unit: Unit, run: RunRows, asked: Sequence[_Asked], rules: Dialect, d
     made = []
     for group, one_asked, depth in zip(prepared, asked, depths, strict=True):
         states = outputs["hidden_states" if one_asked.layer.normalized else "raw_states"]
-        made.append(_states(group, states, pooled, lambda row, depth=depth: rows.get((row, depth), -1), chunks, unit))
+        made.append(_states(group, states, pooled, place=_finder(rows, depth), chunks=chunks, unit=unit))
     return made
+
+
+def _finder(rows: Mapping[tuple[Row, int], int], depth: int) -> Callable[[Row], int]:
+    return lambda row: rows[row, depth]
 
 
 def _rows(group: Sequence[Prepared | None], chunks: int, unit: Unit, *, pooled: bool) -> Iterator[Row]:
@@ -156,11 +162,12 @@ def _states(
     group: Sequence[Prepared | None],
     states: np.ndarray,
     pooled: np.ndarray | None,
+    *,
     place: Callable[[Row], int],
     chunks: int,
     unit: Unit,
 ) -> _States:
-    """Prompts of one sign, all with as many chunks as the longest has; what is shorter goes on with the empty prompt."""
+    """Prompts of one sign, all with as many chunks as the longest; what is shorter goes on with the empty prompt."""
     length, width = unit.text.context_length, unit.text.transformer.width
     whole = np.zeros((len(group), chunks * length, width), np.float32)
     ends = None if pooled is None else np.zeros((len(group), pooled.shape[1]), np.float32)
@@ -177,12 +184,14 @@ def _states(
 
 
 def _side_by_side(parts: Sequence[list[_States]]) -> list[_States]:
-    """Encoders along the last axis. Both have CLIP's vocabulary, but two cleanings of a text may split it differently."""
+    """Encoders along the last axis. Both have CLIP's vocabulary, but two cleanings of a text may differ in length."""
     joined = []
     for encoders in zip(*parts, strict=True):
         lengths = {states.hidden_states.shape[1] for states in encoders}
         if len(lengths) > 1:
-            raise InputError("the two text encoders split this prompt into different numbers of chunks", hint="shorten it")
+            raise InputError(
+                "the two text encoders split this prompt into different numbers of chunks", hint="shorten it"
+            )
         hidden_states = np.concatenate([states.hidden_states for states in encoders], axis=2)
         pooled = [states.pooled for states in encoders if states.pooled is not None]
         joined.append(_States(hidden_states, np.concatenate(pooled, axis=1) if pooled else None))

@@ -12,20 +12,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from clip_export.context._torch_file import read_torch_file
 from clip_export.context.result import Floats
 from clip_export.context.units import Vector
-from clip_export.errors import InputError, MissingDependencyError
+from clip_export.errors import InputError
 
 __all__ = ["for_encoder", "read_embeddings"]
 
+_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _KEYS = ("clip_l", "clip_g")  # by the number of the encoder
 _EXPECTED = "an embedding of textual inversion: one tensor, string_to_param, or clip_l and clip_g"
 
 
-def read_embeddings(files: Mapping[str, str | os.PathLike[str]] | Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, Floats]]:
+def read_embeddings(
+    files: Mapping[str, str | os.PathLike[str]] | Sequence[str | os.PathLike[str]],
+) -> dict[str, dict[str, Floats]]:
     """Name -> vectors by encoder: "" for a file that is for one encoder, else clip_l and clip_g; float32 [n, width].
 
     `files` are named by their stems where no names are given. Raises InputError for a file that holds something else.
@@ -35,7 +40,7 @@ def read_embeddings(files: Mapping[str, str | os.PathLike[str]] | Sequence[str |
 
 
 def for_encoder(
-    embeddings: Mapping[str, Mapping[str, Floats]], number: int, *, encoders: int, width: int, first_id: int
+    embeddings: Mapping[str, Mapping[str, Floats]], number: int, *, encoders: int, width: int, first_id: int, room: int
 ) -> dict[str, list[Vector]]:
     """The vectors for one encoder of a model with `encoders`, by name.
 
@@ -54,7 +59,12 @@ def for_encoder(
         vectors = parts[key]
         if vectors.shape[1] != width:
             message = f"the embedding {name!r} is {vectors.shape[1]} wide, the text encoder {width}"
-            raise InputError(message, hint="it was made for another kind of model: 768 is SD 1, 1024 is SD 2, 1280 bigG")
+            raise InputError(
+                message, hint="it was made for another kind of model: 768 is SD 1, 1024 is SD 2, 1280 bigG"
+            )
+        if len(vectors) > room:
+            message = f"the embedding {name!r} has {len(vectors)} vectors, and {room} fit into a context"
+            raise InputError(message, hint="take one with fewer vectors")
         found[name] = [Vector(row, next_id + place) for place, row in enumerate(vectors)]
         next_id += len(vectors)
     return found
@@ -63,7 +73,7 @@ def for_encoder(
 def _read(path: Path) -> dict[str, Floats]:
     if not path.is_file():
         raise InputError(f"{path} does not exist", hint="name the file of an embedding")
-    held = _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
+    held: Mapping[Any, Any] = _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
     if "string_to_param" in held:
         held = held["string_to_param"]
         if not isinstance(held, Mapping):
@@ -94,58 +104,27 @@ def _vectors(path: Path, array: object) -> Floats:
     return values
 
 
-def _safetensors(path: Path) -> dict[str, object]:
-    from safetensors import SafetensorError, safe_open
+def _safetensors(path: Path) -> Mapping[str, object]:
+    """Every tensor, bfloat16 widened: numpy has no such type, so the file is read as the bytes that it is made of."""
+    from safetensors import SafetensorError, deserialize
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: _widened(path, file, name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        parts = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path.name} is no safetensors file: {error}", hint="fetch it again") from error
+    return {name: _array(path, part["dtype"], part["shape"], bytes(part["data"])) for name, part in parts}
 
 
-def _widened(path: Path, file: object, name: str) -> object:
-    try:
-        return file.get_tensor(name)  # type: ignore[attr-defined]
-    except (TypeError, KeyError, AttributeError) as error:  # what numpy has no type for, such as bfloat16
-        return _bfloat16(path, name, error)
-
-
-def _bfloat16(path: Path, name: str, error: Exception) -> object:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise MissingDependencyError(
-            f"{path.name}: {name} is of a type that numpy does not have, and reading it needs torch",
-            hint="pip install 'clip-export[export]'",
-        ) from error
-    return load_file(path)[name].float().numpy()
+def _array(path: Path, dtype: str, shape: Sequence[int], data: bytes) -> object:
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    if dtype not in _DTYPES:
+        raise InputError(f"{path.name}: expected floating point vectors, found {dtype}", hint=_EXPECTED)
+    return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
 
 
 def _pickle(path: Path) -> Mapping[object, object]:
-    """A file of torch.save, through its weights_only unpickler: no code of it runs."""
-    try:
-        import torch
-    except ImportError as error:
-        message = f"{path.name} is a file of torch.save, and reading it needs torch, not installed here"
-        raise MissingDependencyError(message, hint="pip install 'clip-export[export]', or take a .safetensors") from error
-    import pickle
-
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        message = f"{path.name}: expected tensors only, found something else that reading it would run; it was not read"
-        raise InputError(message, hint="take a .safetensors of the same embedding") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path.name} cannot be read as a file of torch.save: {error}", hint="fetch it again") from error
+    held = read_torch_file(path)
     if not isinstance(held, Mapping):
         raise _not_one(path, held)
-    return {key: _plain(value) for key, value in held.items()}
-
-
-def _plain(value: object) -> object:
-    import torch
-
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return value.detach().float().numpy() if isinstance(value, torch.Tensor) else value
+    return held

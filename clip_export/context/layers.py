@@ -59,7 +59,7 @@ def default_layer(family: Family) -> Layer:
     return Layer(*_FAMILIES[family])
 
 
-def find_layer(clip_skip: str | None, family: Family) -> Layer:
+def find_layer(clip_skip: object, family: Family) -> Layer:
     """The layer that `clip_skip` names, None the family's own. Raises InputError for what names none."""
     own = default_layer(family)
     if clip_skip is None:
@@ -91,7 +91,9 @@ def _theirs(tool: str, value: str, own: Layer, spelling: str) -> Layer:
         return Layer(own.depth + number, own.normalized)
     _require(number >= 1, spelling, "AUTOMATIC1111 counts 1, 2, 3, … from the last block")
     if own.depth != 0:
-        warnings.warn(f"AUTOMATIC1111 takes clip skip for Stable Diffusion 1 alone; {spelling} changes nothing", stacklevel=6)
+        warnings.warn(
+            f"AUTOMATIC1111 takes clip skip for Stable Diffusion 1 alone; {spelling} changes nothing", stacklevel=6
+        )
         return own
     return Layer(number - 1, own.normalized)
 

@@ -35,7 +35,7 @@ class Context:
     @property
     def chunks(self) -> int:
         """How many times the encoders' context the prompts take."""
-        return self.hidden_states.shape[1] // 77
+        return int(self.hidden_states.shape[1]) // 77
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path` as safetensors, whole or not at all: prompt_embeds, pooled_prompt_embeds and their negatives.

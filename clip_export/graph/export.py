@@ -99,7 +99,7 @@ def example_feeds(
     length = sequence or shape.input[0]
     # Small ids exist in every vocabulary; zero is left out, it pads.
     input_ids = rng.integers(1, 50, (batch, length), dtype=np.int32)
-    feeds = {"input_ids": input_ids, "eot_index": np.full(batch, length - 1, dtype=np.int32)}
+    feeds: dict[str, np.ndarray] = {"input_ids": input_ids, "eot_index": np.full(batch, length - 1, dtype=np.int32)}
     if shape.context_width is not None:
         feeds["layer"] = rng.integers(0, shape.layers + 1, batch, dtype=np.int32)
         feeds["attention_mask"] = np.ones((batch, length), dtype=np.int32)

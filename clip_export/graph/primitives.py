@@ -274,7 +274,7 @@ def _mask(node: ir.Node) -> ir.Value | None:
 def _is_bool(value: ir.Value) -> bool:
     import onnx_ir as ir
 
-    return value.dtype == ir.DataType.BOOL
+    return bool(value.dtype == ir.DataType.BOOL)
 
 
 def _integer(node: ir.Node, name: str) -> int:

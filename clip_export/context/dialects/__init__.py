@@ -38,5 +38,7 @@ def dialect_names() -> list[str]:
 def find_dialect(name: str) -> Dialect:
     """The dialect called `name`. Raises InputError, listing what there is."""
     if name not in dialect_names():
-        raise InputError(f"there is no dialect {name!r} of prompts", hint=f"choose one of: {', '.join(dialect_names())}")
+        raise InputError(
+            f"there is no dialect {name!r} of prompts", hint=f"choose one of: {', '.join(dialect_names())}"
+        )
     return cast(Dialect, importlib.import_module(f"{__name__}.{name}"))

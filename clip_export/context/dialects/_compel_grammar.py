@@ -70,15 +70,15 @@ def _parsed(prompt: str) -> Joined:
     if not prompt.strip():
         return Joined(((("", 1.0),),), (1.0,))
     text = prompt.expandtabs()
-    made = _conjunction(text)
-    if made is not None:
-        return made
+    joined = _conjunction(text)
+    if joined is not None:
+        return joined
     blend = _blend(text)
     if blend is not None:
-        made, end = blend
+        mixed, end = blend
         if text[_after_blank(text, end) :]:
             raise InputError(f"compel reads nothing behind .blend(), found {text[end:].strip()!r}", hint=_HINT)
-        return Joined((made,), (1.0,))
+        return Joined((mixed,), (1.0,))
     pieces, end = _prompt(text, 0)
     if _after_blank(text, end) < len(text):
         raise InputError(f"compel cannot read this prompt from {text[end:]!r} on", hint=_HINT)
@@ -179,7 +179,9 @@ def _prompt(text: str, place: int) -> tuple[list[Piece], int]:
     """A whole prompt: whatever is no syntax is a word, brackets and all."""
     pieces: list[Piece] = []
     while (start := _after_blank(text, place)) < len(text):
-        found = _attention(text, start) or _quoted(text, start) or _parenthesized(text, start) or _free_word(text, start)
+        found = (
+            _attention(text, start) or _quoted(text, start) or _parenthesized(text, start) or _free_word(text, start)
+        )
         if found is None:
             break
         pieces += found[0]

@@ -1,9 +1,9 @@
 """AUTOMATIC1111's stable-diffusion-webui: the rules of modules/prompt_parser.py, sd_hijack_clip.py and sd_emphasis.py.
 
-(word) multiplies the weight by 1.1, [word] divides it by 1.1, (word:1.3) multiplies it by 1.3; all of them nest, and one
-that is never closed reaches to the end. A backslash makes the next bracket text. The states of a token are multiplied by
-its weight, then those of the whole chunk by what restores their mean (emphasis "Original", the default). BREAK ends a
-chunk. Text of more than 75 tokens goes on in the next chunk, from the last comma if that is within 20 tokens.
+(word) multiplies the weight by 1.1, [word] divides it by 1.1, (word:1.3) multiplies it by 1.3; all of them nest, and
+one that is never closed reaches to the end. A backslash makes the next bracket text. The states of a token are
+multiplied by its weight, then those of the whole chunk by what restores their mean (emphasis "Original", the default).
+BREAK ends a chunk. Text of more than 75 tokens goes on in the next chunk, from the last comma if that is within 20 tokens.
 
 What changes with the sampling step, [a:b:0.5] and [a|b], what combines several Contexts, AND, and extra networks,
 <lora:name:1>, is no Context by itself, and is refused by name.
@@ -27,7 +27,7 @@ __all__ = ["parse", "prepare", "zeros"]
 Part: TypeAlias = tuple[str, float]
 Weighted: TypeAlias = tuple[Token, float]
 
-_STEP = 1.1
+_FACTORS = {"(": 1.1, "[": 1 / 1.1}
 _BACKTRACK = 20  # tokens: the default of the setting comma_padding_backtrack
 _BREAK: Part = ("BREAK", -1.0)
 # Escapes, brackets, a weight with its closing parenthesis, text, and a colon that begins no weight.
@@ -69,31 +69,32 @@ def parse(prompt: str) -> list[Part]:
 
     Raises InputError for a weight of digits and points that is no number.
     """
-    parts: list[list[object]] = []
+    texts: list[str] = []
+    weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def scale(first: int, factor: float) -> None:
-        for part in parts[first:]:
-            part[1] *= factor  # type: ignore[operator]
+        weights[first:] = [weight * factor for weight in weights[first:]]
 
     for match in _LEXER.finditer(prompt):
         token, kind = match[0], match.lastgroup
+        bracket = "[" if token == "]" else "("
         if kind == "escape":
-            parts.append([token[1:], 1.0])
+            texts.append(token[1:])
+            weights.append(1.0)
         elif kind == "open":
-            opened[token].append(len(parts))
-        elif kind == "weight" and opened["("]:
-            scale(opened["("].pop(), _weight(match["weight"]))
-        elif token == ")" and opened["("]:
-            scale(opened["("].pop(), _STEP)
-        elif token == "]" and opened["["]:
-            scale(opened["["].pop(), 1 / _STEP)
+            opened[token].append(len(texts))
+        elif kind in ("weight", "close") and opened[bracket]:
+            stated = match["weight"]
+            scale(opened[bracket].pop(), _FACTORS[bracket] if stated is None else _weight(stated))
         else:
-            parts += map(list, _broken(token))
-    for bracket, factor in (("(", _STEP), ("[", 1 / _STEP)):
+            for text, weight in _broken(token):
+                texts.append(text)
+                weights.append(weight)
+    for bracket, factor in _FACTORS.items():
         for first in opened[bracket]:
             scale(first, factor)
-    return _merged([(str(text), float(weight)) for text, weight in parts])  # type: ignore[arg-type]
+    return _merged(list(zip(texts, weights, strict=True)))
 
 
 def _broken(text: str) -> Iterator[Part]:
@@ -131,7 +132,9 @@ def _require_one_context(prompt: str) -> None:
         raise InputError(f"{network[0]} asks for an extra network, not for a Context", hint="leave it out")
     for inner in _innermost(plain):
         if "|" in inner:
-            raise InputError(f"[{inner}] changes with each step, so it is no one Context", hint="ask for each by itself")
+            raise InputError(
+                f"[{inner}] changes with each step, so it is no one Context", hint="ask for each by itself"
+            )
         if re.fullmatch(rf".*:\s*{_NUMBER}", inner, re.DOTALL):
             raise InputError(f"[{inner}] changes at a step, so it is no one Context", hint="ask for each by itself")
 
@@ -199,4 +202,5 @@ def _weighted(states: Floats, weights: Floats) -> Floats:
         return states
     before = states.mean()
     weighted = states * weights[:, None]
-    return (weighted * (before / weighted.mean())).astype(np.float32)
+    restored: Floats = (weighted * (before / weighted.mean())).astype(np.float32)
+    return restored

@@ -158,7 +158,7 @@ def _places(chunks: Sequence[Sequence[Token]], unit: Unit) -> list[int]:
 
 
 def _hiding(chunks: Sequence[Sequence[Token]], hidden: range, unit: Unit) -> list[Row]:
-    """The chunks with the positions `hidden`, of all chunks together, out of sight; never the first or the last of one."""
+    """The chunks with the positions `hidden`, counted over all of them, out of sight; never the ends of a chunk."""
     length = unit.text.context_length
     rows = []
     for number, chunk in enumerate(chunks):

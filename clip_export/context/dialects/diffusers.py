@@ -19,7 +19,9 @@ def prepare(prompt: str, unit: Unit) -> Prepared:
     """The prompt in one row."""
     found = tokens(prompt, unit)
     if len(found) > unit.room:
-        left_out = "".join(unit.word(token).replace("</w>", " ") for token in found[unit.room :] if isinstance(token, int))
+        left_out = "".join(
+            unit.word(token).replace("</w>", " ") for token in found[unit.room :] if isinstance(token, int)
+        )
         warnings.warn(
             f"diffusers cuts a prompt after {unit.room} tokens; this one has {len(found)}, and this part is left out: "
             f"{left_out.strip()!r}",
