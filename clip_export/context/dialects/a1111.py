@@ -3,7 +3,8 @@
 (word) multiplies the weight by 1.1, [word] divides it by 1.1, (word:1.3) multiplies it by 1.3; all of them nest, and
 one that is never closed reaches to the end. A backslash makes the next bracket text. The states of a token are
 multiplied by its weight, then those of the whole chunk by what restores their mean (emphasis "Original", the default).
-BREAK ends a chunk. Text of more than 75 tokens goes on in the next chunk, from the last comma if that is within 20 tokens.
+BREAK ends a chunk. Text of more than 75 tokens goes on in the next chunk, from the last comma if that is within 20
+tokens.
 
 What changes with the sampling step, [a:b:0.5] and [a|b], what combines several Contexts, AND, and extra networks,
 <lora:name:1>, is no Context by itself, and is refused by name.

@@ -1,6 +1,7 @@
 """diffusers: a prompt is plain text; what does not fit is cut, with a warning (encode_prompt of its pipelines).
 
-Textual inversion: the name of an embedding is a word of the vocabulary, found wherever it stands, whatever its case.
+Textual inversion: the name of an embedding is a word of the vocabulary, found wherever it stands. Written in another
+case it is the first of its vectors alone, since the pipeline puts in the others where the name is written as it is.
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ def tokens(text: str, unit: Unit) -> list[Token]:
     """The tokens of a text, with the vectors of those embeddings that it names."""
     if not unit.embeddings:
         return list(unit.ids(text))
-    names = {name.lower(): vectors for name, vectors in unit.embeddings.items()}
+    names = {name.lower(): vectors[:1] for name, vectors in unit.embeddings.items()}
     longest_first = sorted(names, key=len, reverse=True)
     found: list[Token] = []
     for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text, flags=re.IGNORECASE):
-        found += names[part.lower()] if part.lower() in names else unit.ids(part)
+        if part in unit.embeddings:
+            found += unit.embeddings[part]
+        else:
+            found += names[part.lower()] if part.lower() in names else unit.ids(part)
     return found
