@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ import oracles
 import torch
 from checkpoints_made import CLIP_VOCAB_SIZE, randomize, write_tokenizer
 from safetensors.torch import save_file
+
+import clip_export
+from clip_export.checkpoints import Options
+from clip_export.encoder import Encoder
 
 # width, layers, heads, activation, with a projection: as in the originals, and as small as tests need them.
 FULL = {
@@ -96,6 +101,27 @@ def pipeline(root: Path, family: str, *, full: bool = False, dtype: Any = None) 
         requires_safety_checker=False,
         **nothing,
     )
+
+
+@functools.cache
+def _root() -> tuple[tempfile.TemporaryDirectory[str], Path]:
+    folder = tempfile.TemporaryDirectory(prefix="clip-export-tests-")
+    return folder, Path(folder.name)
+
+
+@functools.cache
+def originals(family: str) -> tuple[Any, Encoder]:
+    """A small pipeline, and our reference of the folder that it was saved to; made once, so nobody may change it."""
+    _, root = _root()
+    pipe = pipeline(root, family)
+    folder = write_folder(pipe, root / family)
+    return pipe, clip_export.reference(folder, Options(context=True))
+
+
+def folder_of(family: str) -> Path:
+    """Where that pipeline was saved."""
+    originals(family)
+    return _root()[1] / family
 
 
 def write_folder(pipe: Any, directory: Path) -> Path:

@@ -201,7 +201,7 @@ def _row(tokens: Sequence[Token], unit: Unit) -> Row:
 def _weighted(states: Floats, weights: Floats) -> Floats:
     if (weights == 1).all():
         return states
-    before = states.mean()
     weighted = states * weights[:, None]
-    restored: Floats = (weighted * (before / weighted.mean())).astype(np.float32)
-    return restored
+    # In float64: a mean is the small rest of large numbers, and the quotient of two of them scales everything.
+    factor = states.mean(dtype=np.float64) / weighted.mean(dtype=np.float64)
+    return (weighted * np.float32(factor)).astype(np.float32)
