@@ -29,9 +29,9 @@ FULL = {
     "clip_g": (1280, 32, 20, "gelu", True),
 }
 SMALL = {
-    "clip_l": (128, 4, 2, "quick_gelu", False),
+    "clip_l": (128, 3, 2, "quick_gelu", False),
     "clip_h": (128, 3, 2, "gelu", False),
-    "clip_g": (192, 4, 3, "gelu", True),
+    "clip_g": (192, 3, 3, "gelu", True),
 }
 ENCODERS = {"sd1": ("clip_l",), "sd2": ("clip_h",), "sdxl": ("clip_l", "clip_g"), "sd3": ("clip_l", "clip_g")}
 
