@@ -109,7 +109,10 @@ def test_a_refiner_has_the_second_encoder_alone(tmp_path: Path) -> None:
     model = encoders_of("sdxl")[1]
     path = tmp_path / "refiner.safetensors"
     save_file(
-        {key: value.contiguous() for key, value in diffusion_made.openai_names("conditioner.embedders.0.model.", model).items()},
+        {
+            key: value.contiguous()
+            for key, value in diffusion_made.openai_names("conditioner.embedders.0.model.", model).items()
+        },
         path,
     )
     clip = clip_export.reference(path, CONTEXT)
@@ -194,10 +197,10 @@ class Harmful:
 def test_a_ckpt_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {"cond_stage_model.transformer.x": torch.ones(2)}, "more": Harmful()}, path)
-    with pytest.raises(UnsafeCheckpointError, match="found the global .*print"):
+    with pytest.raises(UnsafeCheckpointError, match=r"found the global .*print"):
         read(path, CONTEXT)
     path.write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UnsafeCheckpointError, match="found the global .*print"):
+    with pytest.raises(UnsafeCheckpointError, match=r"found the global .*print"):
         read(path, CONTEXT)
     assert "must not run" not in capsys.readouterr().out
 
@@ -223,7 +226,9 @@ def test_a_ckpt_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_a_file_without_a_text_encoder_says_what_it_holds(tmp_path: Path, keys: list[str], holds: str) -> None:
     path = tmp_path / "file.safetensors"
     save_file({key: torch.ones(2, 2) for key in keys}, path)
-    with pytest.raises(UnknownCheckpointError, match=f"file.safetensors has no text encoder; it holds {holds} ") as caught:
+    with pytest.raises(
+        UnknownCheckpointError, match=f"file.safetensors has no text encoder; it holds {holds} "
+    ) as caught:
         read(path, CONTEXT)
     assert caught.value.hint
 

@@ -44,7 +44,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return clip_export.build(diffusion_made.folder_of("sdxl"), tmp_path_factory.mktemp("context") / "sdxl", context=True)
+    return clip_export.build(
+        diffusion_made.folder_of("sdxl"), tmp_path_factory.mktemp("context") / "sdxl", context=True
+    )
 
 
 def test_the_demo_gives_a_context_and_the_embeddings_that_it_gives_without(demo: Bundle) -> None:
@@ -218,7 +220,9 @@ def test_one_layer_has_many_spellings(spelling: str | None, family: Any, layer: 
     assert find_layer(spelling, family) == layer
 
 
-@pytest.mark.parametrize("value", [2, -2, "2", "-2", "last-", "comfyui:2", "diffusers:-1", "a1111:0", "compel:x", "sd:1", "diffusers:x"])
+@pytest.mark.parametrize(
+    "value", [2, -2, "2", "-2", "last-", "comfyui:2", "diffusers:-1", "a1111:0", "compel:x", "sd:1", "diffusers:x"]
+)
 def test_what_names_no_layer_is_refused(value: object) -> None:
     with pytest.raises(InputError, match="clip_skip") as caught:
         find_layer(value, "sd1")
@@ -315,7 +319,10 @@ def test_every_kind_of_file_gives_the_same_vectors(demo: Bundle, tmp_path: Path,
 
 def test_sdxls_embeddings_have_vectors_for_both_encoders(sdxl: Bundle, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    parts = {"clip_l": 0.1 * torch.randn(2, 128, generator=generator), "clip_g": 0.1 * torch.randn(2, 192, generator=generator)}
+    parts = {
+        "clip_l": 0.1 * torch.randn(2, 128, generator=generator),
+        "clip_g": 0.1 * torch.randn(2, 192, generator=generator),
+    }
     path = save_embedding(tmp_path / "toy.safetensors", parts)
     with clip_export.load(sdxl) as clip:
         plain = clip.context(["a x fox"], dialect="comfyui").hidden_states
@@ -346,7 +353,7 @@ class Harmful:
     ],
 )
 def test_files_that_are_no_embedding_of_this_model_are_refused(
-    demo: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, held: object, message: str
+    demo: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, name: str, held: object, message: str
 ) -> None:
     path = save_embedding(tmp_path / name, held)
     with clip_export.load(demo) as clip, pytest.raises(InputError, match=message) as caught:
