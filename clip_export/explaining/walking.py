@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from clip_export.bundle import Bundle
-from clip_export.context_inputs import complete_feeds
 from clip_export.choice import FP32
+from clip_export.context_inputs import complete_feeds
 from clip_export.cosine import cosines
 from clip_export.errors import BundleError, InputError
 from clip_export.explaining.causes import Evidence, find_cause
