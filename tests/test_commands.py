@@ -30,7 +30,7 @@ from clip_export.commands._installed import packages, version_fits
 from clip_export.commands._output import columns_width, print_columns, print_json, printable, size_text
 from clip_export.commands._progress import Bar
 
-COMMANDS = ["build", "inspect", "verify", "bench", "explain", "embed", "similarity", "doctor"]
+COMMANDS = ["build", "inspect", "verify", "bench", "explain", "embed", "similarity", "context", "doctor"]
 CHELSEA, COFFEE = (str(pictures.PHOTOGRAPHS[name]) for name in ("chelsea", "coffee"))
 
 
