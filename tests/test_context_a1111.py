@@ -122,8 +122,9 @@ WEIGHTED: dict[str, list[Segments]] = {
     "fox " * 80: [[("fox " * 75, 1.0)], [("fox " * 5, 1.0)]],
     # The last comma is 11 tokens before the end of the chunk: what is behind it begins the next one.
     "fox " * 64 + ", " + "dog " * 20: [[("fox " * 64 + ",", 1.0)], [("dog " * 20, 1.0)]],
-    # 21 tokens before: too far.
-    "fox " * 53 + ", " + "dog " * 30: [[("fox " * 53 + "," + "dog " * 21, 1.0)], [("dog " * 9, 1.0)]],
+    # 20 tokens before is near enough, 21 is too far.
+    "fox " * 55 + ", " + "dog " * 20: [[("fox " * 55 + ",", 1.0)], [("dog " * 20, 1.0)]],
+    "fox " * 54 + ", " + "dog " * 30: [[("fox " * 54 + "," + "dog " * 20, 1.0)], [("dog " * 10, 1.0)]],
     # Exactly 75 tokens and a comma: that is the 76th, and stays where it is, at the beginning of the next chunk.
     "fox " * 75 + ", dog": [[("fox " * 75, 1.0)], [(", dog", 1.0)]],
 }
