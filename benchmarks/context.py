@@ -1,6 +1,6 @@
 """Time per prompt: a bundle's Context on ONNX Runtime against diffusers' encode_prompt in torch, in one run.
 
-    python benchmarks/context.py [sd1|sd2|sdxl] [--rounds N] [--small] [--json FILE]
+    python benchmarks/context.py [sd1|sd2|sdxl] [--rounds N] [--threads N] [--small] [--json FILE]
 
 Weights are random, at the real sizes of the architecture. Each round encodes one prompt with one negative prompt by
 both, in turn, so that a drift of the machine meets both; medians and the ratio of the two in each round are printed, as
@@ -40,14 +40,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", default="sd1", choices=["sd1", "sd2", "sdxl"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="of both; all cores by default")
     parser.add_argument("--small", action="store_true", help="the small encoders of the tests")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    if asked.threads is not None:
+        torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as work:
         pipe = diffusion_made.pipeline(Path(work), asked.family, full=not asked.small)
         folder = diffusion_made.write_folder(pipe, Path(work) / asked.family)
         bundle = clip_export.build(folder, Path(work) / "bundle", context=True)
-        with clip_export.load(bundle, backend="onnxruntime", check_files=False) as clip:
+        with clip_export.load(bundle, backend="onnxruntime", threads=asked.threads, check_files=False) as clip:
             found = measured(clip, pipe, asked.rounds)
     found |= {"family": asked.family, "small": asked.small, "threads": torch.get_num_threads()}
     for key, value in found.items():

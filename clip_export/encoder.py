@@ -227,7 +227,11 @@ class Encoder:
         def outputs(rows: np.ndarray, length: int) -> Mapping[str, np.ndarray]:
             ids = {"input_ids": _block(tokens.input_ids, rows, length), "eot_index": tokens.eot_index[rows]}
             found = run({**ids, **{name: array[rows] for name, array in further.items()}})
-            return found if only is None else {only: found[only]} if only in found else {}
+            if only is None:
+                return found
+            if only not in found:
+                raise _no_embedding("text", found)
+            return {only: found[only]}
 
         batches = ((rows, outputs(rows, length)) for rows, length in self._text_batches(tokens, trim))
         return self._collect("text", len(tokens.input_ids), batches)
@@ -387,10 +391,7 @@ class Encoder:
 
     def _embedding(self, tower: Tower, outputs: Mapping[str, Floats], normalize: bool) -> Floats:
         if "embedding" not in outputs:
-            raise InputError(
-                f"the {tower} graph gives {', '.join(outputs) or 'nothing'}, and no embedding",
-                hint=f"call {tower}_outputs(), or build the bundle again with --outputs embedding",
-            )
+            raise _no_embedding(tower, outputs)
         embedding = outputs["embedding"]
         return _normalized(embedding) if normalize else embedding
 
@@ -426,6 +427,13 @@ def _normalized(embedding: Floats) -> Floats:
     length = np.sqrt(np.square(embedding, dtype=np.float64).sum(axis=1, keepdims=True))
     normalized: Floats = (embedding / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
     return normalized
+
+
+def _no_embedding(tower: Tower, outputs: Mapping[str, object]) -> InputError:
+    return InputError(
+        f"the {tower} graph gives {', '.join(outputs) or 'nothing'}, and no embedding",
+        hint=f"call {tower}_outputs(), or build the bundle again with --outputs embedding",
+    )
 
 
 def _no_tower(tower: Tower) -> InputError:
