@@ -182,7 +182,7 @@ def test_inspect(tiny_bundle: Path) -> None:
     result = run("inspect", tiny_bundle)
     assert (result.exit_code, result.stderr) == (0, "")
     manifest = Bundle.open(tiny_bundle).manifest
-    assert result.stdout.startswith("tiny, bundle schema 3\n")
+    assert result.stdout.startswith("tiny, bundle schema 4\n")
     for words in (
         "\ntowers\n",
         "77 tokens of 600 -> 2 layers of width 128, 2 heads, quick_gelu, causal -> embedding of 64",
