@@ -16,6 +16,10 @@ demo: install
 	@echo
 	$(BIN)/clip-export similarity engines/demo --images examples/pictures --plot engines/demo-similarity.png \
 		--texts $(SENTENCES)
+	@echo
+	$(BIN)/clip-export build demo --context -o engines/demo-context --force
+	@echo
+	$(BIN)/clip-export context engines/demo-context "a (red:1.2) circle" --negative "blurry" --dialect comfyui
 
 test: check
 	$(BIN)/python -m pytest -n 2

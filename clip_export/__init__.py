@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clip_export.backends.building import EngineOptions
     from clip_export.bundle import Bundle
     from clip_export.compilation import PlanOptions
+    from clip_export.context import Context
     from clip_export.encoder import Encoder
     from clip_export.extension import extend
     from clip_export.headers import get_include
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Bundle",
     "ClipExportError",
+    "Context",
     "Encoder",
     "EngineOptions",
     "IndexInputs",
@@ -50,6 +52,7 @@ __all__ = [
 # No module carries the name of a function here: importing it would hide the function.
 _HOMES = {
     "Bundle": "bundle",
+    "Context": "context.result",
     "Encoder": "encoder",
     "EngineOptions": "backends.building",
     "PlanOptions": "compilation",

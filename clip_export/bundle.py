@@ -25,6 +25,7 @@ from clip_export.manifest import (
     REBUILD,
     REPORT,
     SCHEMA_VERSION,
+    SECOND,
     TOKENIZER,
     Contract,
     FileEntry,
@@ -107,6 +108,12 @@ class Bundle:
     def spec(self) -> ModelSpec:
         """What the model means."""
         return self.manifest.spec
+
+    @property
+    def second(self) -> Bundle | None:
+        """The bundle of the second text encoder of a model that has two. This one's manifest vouches for its files."""
+        context = self.spec.context
+        return Bundle.open(self.path / SECOND, check_files=False) if context is not None and context.second else None
 
     def graph(self, tower: Tower, precision: str = "fp32") -> Graph:
         """The description of one graph. Raises BundleError, listing what there is."""

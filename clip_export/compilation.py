@@ -112,8 +112,10 @@ class _Build:
         def step(phase: str, done: int, total: int) -> None:
             progress(f"{title}: {phase}", done, total)
 
+        # No compiler here has a fused kernel for attention with hidden positions: it is written out.
+        masked = "attention_mask" in plan.profiles[0]
         try:
-            return self._compile(primitive=plan.precision == "fp32", step=step)
+            return self._compile(primitive=plan.precision == "fp32" or masked, step=step)
         except UnsupportedOperatorError as error:
             if "Attention" not in error.operators:
                 raise

@@ -6,7 +6,9 @@ them compares the engines and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_export.backends.device_array import is_device_array
+from clip_export.context import Context, encode_context, read_embeddings
+from clip_export.context.inversion import for_encoder
+from clip_export.context.units import Unit
 from clip_export.errors import ImageError, InputError
 from clip_export.plans import NORMALIZED
 from clip_export.preprocess import ImageInput, Preprocessor, as_list
 from clip_export.spec import ModelSpec, Tower
-from clip_export.tokenizer import Tokenizer, Tokens
+from clip_export.tokenizer import Tokenizer, Tokens, clip_tokenizer_json
 
 if TYPE_CHECKING:
     from clip_export.backends.device_array import DeviceArray
@@ -29,6 +34,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Run: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 DEFAULT_BATCH_SIZE = 32
+CLIP_END_ID = 49407  # of CLIP's own vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,8 @@ class Encoder:
     [batch, 3, height, width]. `trim` says that a text batch may be cut after its longest end token, which changes
     nothing for a causal tower and saves most of the work on captions; `trim_step` that the length left is a multiple of
     it, so that an engine which prepares for each shape meets few of them. `on_device` are the towers whose engines can
-    leave embeddings on a GPU. `engine` says what runs it, as in "onnxruntime, cpu".
+    leave embeddings on a GPU. `engine` says what runs it, as in "onnxruntime, cpu". `trim_embeddings` is `trim` for
+    those alone who ask for nothing but embeddings; `second` the other text encoder of a model that has two.
     """
 
     def __init__(
@@ -59,10 +66,12 @@ class Encoder:
         tokenizer: Tokenizer | None = None,
         preprocessor: Preprocessor | None = None,
         trim: bool = False,
+        trim_embeddings: bool = False,
         trim_step: int = 1,
         batch_size: int = DEFAULT_BATCH_SIZE,
         close: Callable[[], None] | None = None,
         engine: str = "",
+        second: Encoder | None = None,
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"expected a batch size of at least 1, found {batch_size!r}", hint="32 is the default")
@@ -73,7 +82,10 @@ class Encoder:
         self._on_device = on_device or {}
         self._tokenizer = tokenizer
         self._preprocessor = preprocessor
+        self.second = second
+        self._open_clip: Tokenizer | None = None
         self._trim = trim
+        self._trim_embeddings = trim or trim_embeddings
         self._trim_step = trim_step
         self._close = close
 
@@ -127,10 +139,10 @@ class Encoder:
         `device_output` leaves them on the GPU: a DeviceArray, for DLPack. Raises TextError naming the text, InputError
         where the bundle was built without embeddings or where no engine of a GPU runs it.
         """
-        if not device_output:
-            return self._embedding("text", self.text_outputs(texts, truncate=truncate), normalize)
         tokens = self._tokens(texts, truncate)
-        length = self._length(tokens, slice(None))
+        if not device_output:
+            return self._embedding("text", self.token_outputs(tokens, only="embedding"), normalize)
+        length = self._length(tokens, slice(None), self._trim_embeddings)
         feeds = {"input_ids": np.ascontiguousarray(tokens.input_ids[:, :length]), "eot_index": tokens.eot_index}
         return self._left_on_device("text", feeds, normalize)
 
@@ -204,14 +216,89 @@ class Encoder:
         """
         return self.token_outputs(self._tokens(texts, truncate))
 
-    def token_outputs(self, tokens: Tokens) -> dict[str, Floats]:
-        """Like `text_outputs`, from token ids."""
-        run = self._runner("text")
-        batches = (
-            (rows, run({"input_ids": _block(tokens.input_ids, rows, length), "eot_index": tokens.eot_index[rows]}))
-            for rows, length in self._text_batches(tokens)
-        )
+    def token_outputs(
+        self, tokens: Tokens, *, only: str | None = None, more: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Floats]:
+        """Like `text_outputs`, from token ids. `only` is the one output that is wanted, of those that trimming leaves
+        as they are; `more` are inputs [n, ...] of a graph that takes more than ids, which is then given whole rows."""
+        run, further = self._runner("text"), more or {}
+        trim = not further and (self._trim if only is None else self._trim_embeddings)
+
+        def outputs(rows: np.ndarray, length: int) -> Mapping[str, np.ndarray]:
+            ids = {"input_ids": _block(tokens.input_ids, rows, length), "eot_index": tokens.eot_index[rows]}
+            found = run({**ids, **{name: array[rows] for name, array in further.items()}})
+            if only is None:
+                return found
+            if only not in found:
+                raise _no_embedding("text", found)
+            return {only: found[only]}
+
+        batches = ((rows, outputs(rows, length)) for rows, length in self._text_batches(tokens, trim))
         return self._collect("text", len(tokens.input_ids), batches)
+
+    def context(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: Sequence[str | None] | None = None,
+        clip_skip: str | None = None,
+        dialect: str = "diffusers",
+        embeddings: Mapping[str, str | os.PathLike[str]] | Sequence[str | os.PathLike[str]] = (),
+    ) -> Context:
+        """What a diffusion model is given for `prompts`, as `dialect` has it: diffusers, comfyui, a1111 or compel.
+
+        `negative` are as many prompts, None for one that is not given; `clip_skip` is last, penultimate, last-2, or a
+        tool's own number with its name (comfyui:-2, diffusers:1, a1111:2), by default what the model was trained with;
+        `embeddings` are files of textual inversion, named by their stems or by the keys of a mapping.
+
+        Raises InputError, which names it, for what cannot be read or is not there, and where the bundle was built
+        without --context.
+        """
+        given = read_embeddings(embeddings) if embeddings else {}
+        encoders = [self] if self.second is None else [self, self.second]
+        units = [encoder.as_unit(number, len(encoders), given) for number, encoder in enumerate(encoders)]
+        runs = [encoder.run_rows for encoder in encoders]
+        return encode_context(units, runs, prompts, negative=negative, clip_skip=clip_skip, dialect=dialect)
+
+    def as_unit(self, number: int, encoders: int, embeddings: Mapping[str, Mapping[str, Floats]]) -> Unit:
+        """This encoder as a dialect of prompts sees it. Raises InputError where it gives no Context."""
+        spec = self.spec
+        if spec.context is None or spec.text is None or spec.tokenizer is None or self._tokenizer is None:
+            hint = "build it again with: clip-export build CHECKPOINT --context"
+            raise InputError("this bundle gives embeddings, and no Context", hint=hint)
+        sizes = {
+            "encoders": encoders,
+            "width": spec.text.transformer.width,
+            "first_id": spec.text.vocab_size,
+            "room": spec.text.context_length - 2,
+        }
+        return Unit(
+            number=number,
+            text=spec.text,
+            tokenizer=spec.tokenizer,
+            context=spec.context,
+            ids=self._tokenizer.ids,
+            a1111_ids=self._a1111_tokenizer(number).ids,
+            word=self._tokenizer.word,
+            embeddings=for_encoder(embeddings, number, **sizes),
+        )
+
+    def run_rows(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The text graph on rows of its five inputs, in batches; every output of every position."""
+        more = {name: feeds[name] for name in ("layer", "attention_mask", "inputs_embeds")}
+        return self.token_outputs(Tokens(feeds["input_ids"], feeds["eot_index"]), more=more)
+
+    def _a1111_tokenizer(self, number: int) -> Tokenizer:
+        """AUTOMATIC1111 has open_clip's tokenizer before OpenCLIP's encoders, where others have Hugging Face's."""
+        assert self._tokenizer is not None and self.spec.context is not None
+        family, spec = self.spec.context.family, self._tokenizer.spec
+        openclip = family in ("sd2", "sdxl_refiner") or (family == "sdxl" and number == 1)
+        if not openclip or spec.dialect == "open_clip" or spec.end_id != CLIP_END_ID:
+            return self._tokenizer
+        if self._open_clip is None:
+            own = dataclasses.replace(spec, dialect="open_clip", truncate=True)
+            self._open_clip = Tokenizer(own, clip_tokenizer_json("open_clip"))
+        return self._open_clip
 
     def image_outputs(self, images: Sequence[ImageInput]) -> dict[str, Floats]:
         """Everything that the image graph gives, by output name.
@@ -250,6 +337,8 @@ class Encoder:
         """Free the engines. An encoder that is closed raises BackendError when it is used."""
         if self._close is not None:
             self._close()
+        if self.second is not None:
+            self.second.close()
 
     def __enter__(self) -> Encoder:
         return self
@@ -267,17 +356,17 @@ class Encoder:
     def _chunks(self, count: int) -> Iterator[slice]:
         return (slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size))
 
-    def _text_batches(self, tokens: Tokens) -> Iterator[tuple[np.ndarray, int]]:
+    def _text_batches(self, tokens: Tokens, trim: bool) -> Iterator[tuple[np.ndarray, int]]:
         """(rows, sequence length) of each batch: texts of like length together, so that little is padded."""
-        order = np.argsort(tokens.eot_index, kind="stable") if self._trim else np.arange(len(tokens.eot_index))
+        order = np.argsort(tokens.eot_index, kind="stable") if trim else np.arange(len(tokens.eot_index))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            yield rows, self._length(tokens, rows)
+            yield rows, self._length(tokens, rows, trim)
 
-    def _length(self, tokens: Tokens, rows: np.ndarray | slice) -> int:
+    def _length(self, tokens: Tokens, rows: np.ndarray | slice, trim: bool) -> int:
         """How much of the context the engine gets for `rows`."""
         context_length = tokens.input_ids.shape[1]
-        if not self._trim:
+        if not trim:
             return int(context_length)
         longest = int(tokens.eot_index[rows].max(initial=0)) + 1
         return int(min(context_length, -(-longest // self._trim_step) * self._trim_step))
@@ -302,10 +391,7 @@ class Encoder:
 
     def _embedding(self, tower: Tower, outputs: Mapping[str, Floats], normalize: bool) -> Floats:
         if "embedding" not in outputs:
-            raise InputError(
-                f"the {tower} graph gives {', '.join(outputs) or 'nothing'}, and no embedding",
-                hint=f"call {tower}_outputs(), or build the bundle again with --outputs embedding",
-            )
+            raise _no_embedding(tower, outputs)
         embedding = outputs["embedding"]
         return _normalized(embedding) if normalize else embedding
 
@@ -341,6 +427,13 @@ def _normalized(embedding: Floats) -> Floats:
     length = np.sqrt(np.square(embedding, dtype=np.float64).sum(axis=1, keepdims=True))
     normalized: Floats = (embedding / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
     return normalized
+
+
+def _no_embedding(tower: Tower, outputs: Mapping[str, object]) -> InputError:
+    return InputError(
+        f"the {tower} graph gives {', '.join(outputs) or 'nothing'}, and no embedding",
+        hint=f"call {tower}_outputs(), or build the bundle again with --outputs embedding",
+    )
 
 
 def _no_tower(tower: Tower) -> InputError:

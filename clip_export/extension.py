@@ -23,7 +23,7 @@ from clip_export.errors import InputError, MissingDependencyError
 from clip_export.feeds import gather
 from clip_export.graph.files import missing
 from clip_export.layer_speed import LayerTimes, layer_times
-from clip_export.manifest import REPORT
+from clip_export.manifest import REPORT, SECOND
 from clip_export.paying import CPU_BATCHES, require_paid
 from clip_export.plans import NORMALIZED, Plan, plan_folder
 from clip_export.progress import Progress, silent
@@ -76,6 +76,20 @@ def extend(
         chosen = _towers(opened, towers)
         for tower in chosen if targets else ():
             _profiles(opened, tower, opened.graph(tower).sequence_dynamic, options)  # raises before the long work
+        if opened.second is not None:
+            extend(
+                staging / SECOND,
+                precision=precision,
+                engine=engine,
+                gpus=gpus,
+                towers=towers,
+                options=options,
+                calibration=calibration,
+                calibration_texts=calibration_texts,
+                quantization=quantization,
+                force=force,
+                progress=progress,
+            )
         staged = _Staged(opened, staging, quantization, progress)
         variants = dict.fromkeys([_variant(target, precision) for target in targets] or [precision])
         new = [name for name in variants if name != "fp32" and (force or name not in staged.variants)]

@@ -20,6 +20,7 @@ from typing import TypeAlias
 import numpy as np
 
 from clip_export.bundle import Bundle
+from clip_export.context_inputs import sampled_feeds
 from clip_export.errors import InputError
 from clip_export.inputs import find_images, read_lines
 from clip_export.pairs import find_pairs, group, hold_out, spread
@@ -41,7 +42,8 @@ def golden_feeds(bundle: Bundle, tower: Tower) -> Iterator[Feeds]:
     golden = bundle.golden()
     if tower == "text":
         assert golden.text is not None
-        yield from _batches({"input_ids": golden.text.input_ids, "eot_index": golden.text.eot_index})
+        feeds = {"input_ids": golden.text.input_ids, "eot_index": golden.text.eot_index}
+        yield from _batches(feeds if bundle.spec.context is None else sampled_feeds(feeds, bundle.spec))
     else:
         assert golden.image is not None
         yield from _batches({"pixels": golden.image.pixels})
@@ -52,7 +54,11 @@ def text_feeds(bundle: Bundle, texts: Sequence[str]) -> Iterator[Feeds]:
     tokenizer, _ = front(bundle.spec, bundle.tokenizer_json())
     assert tokenizer is not None
     tokens = tokenizer(texts, truncate=True)
-    for batch in _batches({"input_ids": tokens.input_ids, "eot_index": tokens.eot_index}):
+    context = bundle.spec.context is not None
+    for number, batch in enumerate(_batches({"input_ids": tokens.input_ids, "eot_index": tokens.eot_index})):
+        if context:  # all positions, padding too: they are what a diffusion model is given
+            yield sampled_feeds(batch, bundle.spec, first=number * BATCH)
+            continue
         if bundle.graph("text").sequence_dynamic:
             batch["input_ids"] = np.ascontiguousarray(batch["input_ids"][:, : int(batch["eot_index"].max()) + 1])
         yield batch

@@ -28,6 +28,7 @@ __all__ = [
     "REBUILD",
     "REPORT",
     "SCHEMA_VERSION",
+    "SECOND",
     "TOKENIZER",
     "Contract",
     "FileEntry",
@@ -40,12 +41,13 @@ __all__ = [
     "parse_manifest",
 ]
 
-SCHEMA_VERSION = 3  # what is written; 1 had no plans, 2 no contracts, and both are still read
+SCHEMA_VERSION = 4  # what is written; 1 had no plans, 2 no contracts, 3 no Context, and all are still read
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDEN = "golden.safetensors"
 REPORT = "report.json"
+SECOND = "text_2"  # the folder with the bundle of a second text encoder
 
 # Lower case, so that a bundle survives a disk that ignores case; a first letter or digit, so that neither `..` nor a
 # hidden file can be named; no colon, backslash or space, so that a path means the same on every system.
@@ -168,6 +170,8 @@ class Manifest:
             allowed = _PATH.fullmatch(path) is not None and path != MANIFEST
             _require(allowed, f"files: {path!r} is not a path that a bundle may hold")
         needed = {GOLDEN, REPORT} | ({TOKENIZER} if self.spec.text is not None else set())
+        if self.spec.context is not None and self.spec.context.second:
+            needed.add(f"{SECOND}/{MANIFEST}")
         needed |= {graph.file for graphs in self.variants.values() for graph in graphs.values()}
         missing = sorted(needed - self.files.keys())
         _require(not missing, f"files: {', '.join(map(repr, missing))} should be listed and is not")
@@ -253,6 +257,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 _SINCE = {"plans": 2, "contracts": 3}  # key -> the schema that brought it
+_CONTEXT_SINCE = 4
 
 
 def _check_keys(plain: Mapping[str, Any]) -> None:
@@ -261,6 +266,12 @@ def _check_keys(plain: Mapping[str, Any]) -> None:
     for key, since in _SINCE.items():
         _require(key in plain or version < since, f"{MANIFEST}: missing key {key}")
         _require(key not in plain or version >= since, f"{MANIFEST}: unknown key {key}, which schema {version} has not")
+    spec = plain.get("spec")
+    if isinstance(spec, dict):
+        held = "context" in spec
+        _require(held or version < _CONTEXT_SINCE, f"{MANIFEST}: missing key spec.context")
+        unknown = f"{MANIFEST}: unknown key spec.context, which schema {version} has not"
+        _require(not held or version >= _CONTEXT_SINCE, unknown)
 
 
 def json_object(data: bytes, *, where: str) -> dict[str, Any]:

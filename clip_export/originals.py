@@ -53,6 +53,7 @@ class TorchTowers:
             tokenizer_dialect=cast(Dialect | None, stated.get("tokenizer_dialect")),
             preprocess_dialect=cast(Dialect | None, stated.get("preprocess_dialect")),
             towers=bundle.spec.towers,
+            context=bundle.spec.context is not None,
         )
         source = checkpoints.read(checkpoint, options)  # weights are read when the towers are made, so this is quick
         self.name = source.source.name

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,12 @@ import numpy as np
 from clip_export import __version__, backends
 from clip_export.bundle import Bundle, Graph, Provenance, write_manifest
 from clip_export.checkpoints import Checkpoint, Options, read
+from clip_export.context_inputs import completed, sampled_feeds
 from clip_export.encoder import Encoder
 from clip_export.errors import InputError, MissingDependencyError
 from clip_export.golden import Golden, ImageGolden, TextGolden, golden_images, golden_texts
 from clip_export.graph.files import missing
-from clip_export.manifest import GOLDEN, REPORT, TOKENIZER
+from clip_export.manifest import GOLDEN, REPORT, SECOND, TOKENIZER
 from clip_export.preprocess import preprocess_versions
 from clip_export.progress import Progress, silent
 from clip_export.publish import staged
@@ -50,6 +52,7 @@ def build(
     *,
     towers: Sequence[Tower] | None = None,
     outputs: Sequence[str] | None = None,
+    context: bool = False,
     force: bool = False,
     activation: Activation | None = None,
     tokenizer_dialect: Dialect | None = None,
@@ -59,7 +62,8 @@ def build(
     """Export `checkpoint` to a bundle at `output` (engines/NAME by default) and return it, verified.
 
     `checkpoint` is a directory, a file, a hub id or "demo"; `towers` are those to export, all by default; `outputs`
-    are among embedding, pooled and hidden_states; `force` replaces a bundle that is there. The rest states what the
+    are among embedding, pooled and hidden_states; `context` makes text graphs that give a diffusion model's Context,
+    and embeddings too, of the text encoders alone; `force` replaces a bundle that is there. The rest states what the
     checkpoint leaves open.
 
     Raises CheckpointError, ExportError, ContractError or BundleError. Nothing is left at `output` then, and what was
@@ -73,31 +77,46 @@ def build(
         activation=activation,
         tokenizer_dialect=tokenizer_dialect,
         preprocess_dialect=preprocess_dialect,
+        context=context,
     )
+    if context and "image" in (towers or ()):
+        raise InputError("Context comes from text towers, and an image tower was asked for", hint="leave out --towers")
     target = Path(output) if output is not None else ENGINES / default_name(checkpoint)
     with staged(target, force=force) as staging:
         progress("read the checkpoint", 0, 0)
         source = read(checkpoint, options)
-        if towers is not None:
-            source = dataclasses.replace(source, spec=source.spec.select(towers))
-        built = [_build_tower(source, tower, outputs, staging, progress) for tower in source.spec.towers]
         stated = dataclasses.asdict(options) | {"towers": ",".join(towers or ()), "outputs": ",".join(outputs or ())}
-        _write(staging, default_name(checkpoint), source, built, _provenance(source, versions, stated))
+        stated["context"] = "true" if context else ""
+        selected = ("text",) if context else towers
+        made = partial(
+            _build_parts, towers=selected, outputs=outputs, versions=versions, stated=stated, progress=progress
+        )
+        name = default_name(checkpoint)
+        if source.second is not None:
+            # A bundle of its own, so that all that is done with one can be done with it.
+            (staging / SECOND).mkdir()
+            made(source.second, staging / SECOND, f"{name}.{SECOND}")
+        made(source, staging, name)
         require_contract(replay(staging, backend=PROOF_BACKEND, progress=progress))
     return Bundle.open(target, check_files=False)
 
 
 def reference(checkpoint: str | os.PathLike[str], options: Options | None = None) -> Encoder:
     """The torch towers of `checkpoint` in float32 behind the same Encoder that runs a bundle's engines."""
+    return _reference(read(checkpoint, options))
+
+
+def _reference(source: Checkpoint) -> Encoder:
     from clip_export.graph.proof import run_tower
     from clip_export.towers import check_outputs, make_tower
 
-    source = read(checkpoint, options)
     runs = {}
     for tower in source.spec.towers:
         names = check_outputs(source.spec, tower, None)
         module = make_tower(source.spec, tower, source.weights, names)
         runs[tower] = lambda feeds, module=module, names=names: run_tower(module, names, feeds)
+    if source.spec.context is not None:
+        runs["text"] = completed(runs["text"], source.spec)
     tokenizer, preprocessor = front(source.spec, source.tokenizer_json)
     return Encoder(
         source.spec,
@@ -105,7 +124,26 @@ def reference(checkpoint: str | os.PathLike[str], options: Options | None = None
         run_image=runs.get("image"),
         tokenizer=tokenizer,
         preprocessor=preprocessor,
+        second=None if source.second is None else _reference(source.second),
     )
+
+
+def _build_parts(
+    source: Checkpoint,
+    staging: Path,
+    name: str,
+    *,
+    towers: Sequence[Tower] | None,
+    outputs: Sequence[str] | None,
+    versions: dict[str, str],
+    stated: dict[str, str | None],
+    progress: Progress,
+) -> None:
+    """The graphs of one checkpoint, and all that goes with them, into `staging`."""
+    if towers is not None:
+        source = dataclasses.replace(source, spec=source.spec.select(towers))
+    built = [_build_tower(source, tower, outputs, staging, progress) for tower in source.spec.towers]
+    _write(staging, name, source, built, _provenance(source, versions, stated))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +159,8 @@ class _Built:
 def _build_tower(
     source: Checkpoint, tower: Tower, outputs: Sequence[str] | None, staging: Path, progress: Progress
 ) -> _Built:
-    from clip_export.graph.export import INPUTS, OPSET, export
-    from clip_export.graph.proof import cases, prove, run_tower
+    from clip_export.graph.export import OPSET, export
+    from clip_export.graph.proof import Case, cases, context_feeds, prove, run_tower
     from clip_export.towers import check_outputs, make_tower
 
     step = _stepper(tower, progress)
@@ -134,6 +172,9 @@ def _build_tower(
     feeds = _golden_feeds(source, tower)
     expected = run_tower(module, outputs, feeds)
     questions = cases(shape, feeds, expected)
+    if shape.context_width is not None:
+        asked = context_feeds(feeds)
+        questions.append(Case(title="hidden positions", feeds=asked, expected=run_tower(module, outputs, asked)))
     step("export")
     path = staging / f"{tower}.onnx"
     export(module, shape, path)
@@ -145,7 +186,7 @@ def _build_tower(
     engine.close()
     step("done")
     graph = Graph(
-        file=path.name, opset=OPSET, inputs=INPUTS[tower], outputs=outputs, sequence_dynamic=shape.sequence_dynamic
+        file=path.name, opset=OPSET, inputs=shape.inputs, outputs=outputs, sequence_dynamic=shape.sequence_dynamic
     )
     return _Built(tower=tower, graph=graph, golden=_golden(tower, feeds, expected), proof=proof)
 
@@ -158,16 +199,19 @@ def _stepper(tower: Tower, progress: Progress) -> Callable[[str], None]:
 def _graph_shape(source: Checkpoint, tower: Tower, outputs: tuple[str, ...]) -> GraphShape:
     from clip_export.graph.export import GraphShape
 
-    spec = source.spec
+    spec, width = source.spec, None
     if tower == "text":
         assert spec.text is not None
         size: tuple[int, ...] = (spec.text.context_length,)
+        width = spec.text.transformer.width if spec.context is not None else None
         layers, causal = spec.text.transformer.layers, spec.text.causal
     else:
         assert spec.image is not None
         size = (3, spec.image.image_size, spec.image.image_size)
         layers, causal = spec.image.transformer.layers, False
-    return GraphShape(tower=tower, input=size, layers=layers, outputs=outputs, sequence_dynamic=causal)
+    return GraphShape(
+        tower=tower, input=size, layers=layers, outputs=outputs, sequence_dynamic=causal, context_width=width
+    )
 
 
 def _golden_feeds(source: Checkpoint, tower: Tower) -> dict[str, np.ndarray]:
@@ -178,12 +222,14 @@ def _golden_feeds(source: Checkpoint, tower: Tower) -> dict[str, np.ndarray]:
         return {"pixels": preprocessor(golden_images())}
     assert tokenizer is not None
     tokens = tokenizer(golden_texts(), truncate=True)
-    return {"input_ids": tokens.input_ids, "eot_index": tokens.eot_index}
+    feeds = {"input_ids": tokens.input_ids, "eot_index": tokens.eot_index}
+    return feeds if source.spec.context is None else sampled_feeds(feeds, source.spec)
 
 
 def _golden(tower: Tower, feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> TextGolden | ImageGolden:
     if tower == "text":
-        return TextGolden(texts=golden_texts(), **feeds, outputs=outputs)
+        ids, ends = feeds["input_ids"], feeds["eot_index"]
+        return TextGolden(texts=golden_texts(), input_ids=ids, eot_index=ends, outputs=outputs)
     return ImageGolden(files=golden_images(), **feeds, outputs=outputs)
 
 

@@ -222,7 +222,8 @@ def _buffer_bytes(plan: Plan, profile: Profile, spec: ModelSpec) -> int:
     width = tower.transformer.width
     tokens = spec.image.tokens if plan.tower == "image" and spec.image is not None else _tokens(profile)
     dim = tower.embedding_dim or width
-    row = {"embedding": dim, NORMALIZED: dim, "pooled": width, "hidden_states": tokens * width}
+    row = {"embedding": dim, NORMALIZED: dim, "pooled": width}
+    row |= dict.fromkeys(("hidden_states", "raw_states"), tokens * width)
     batch = max(shapes.max[0] for shapes in profile.values())
     return inputs + batch * sum(row.get(name, width) for name in plan.outputs) * _OUTPUT_ITEM_BYTES
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from clip_export.backends.building import Profile
 from clip_export.bundle import Bundle
+from clip_export.context_inputs import sampled_feeds
 from clip_export.errors import InputError, MissingDependencyError, OutputError
 from clip_export.golden import ImageGolden, TextGolden
 from clip_export.output_file import staged_file, writing
@@ -134,7 +135,8 @@ def _makers(bundle: Bundle, directory: Path, precision: str, tools: _Tools) -> I
         graph, sample = bundle.graph(tower, precision), samples[tower]
         assert sample is not None
         inputs, reference = _names(tower)
-        feeds = {name: getattr(sample, name) for name in graph.inputs}
+        given = {name: array for name in graph.inputs if (array := getattr(sample, name, None)) is not None}
+        feeds = given if bundle.spec.context is None else sampled_feeds(given, bundle.spec)
         outputs = {name: sample.outputs[name] for name in graph.outputs}
         yield directory / inputs, lambda feeds=feeds: tools.inputs(_iterations(feeds))  # type: ignore[misc]
         yield directory / reference, lambda outputs=outputs: tools.results(_iterations(outputs))  # type: ignore[misc]

@@ -27,7 +27,7 @@ from clip_export.bundle import Bundle, hidden_beside, replace_refusal
 from clip_export.bundle_files import is_runtime_cache, listing
 from clip_export.errors import BundleBusyError, BundleError, BundleIntegrityError
 from clip_export.file_lock import acquire
-from clip_export.manifest import REBUILD, REPORT, is_graph_file
+from clip_export.manifest import REBUILD, REPORT, SECOND, is_graph_file
 
 __all__ = ["discard", "extended", "staged"]
 
@@ -129,6 +129,9 @@ def _swapped_in(target: Path, *, force: bool, elsewhere: str = _ELSEWHERE) -> It
 def _carry_over(bundle: Bundle, staging: Path) -> None:
     """All listed files, and the caches that running plans have left beside themselves."""
     graphs = [graph.file for towers in bundle.manifest.variants.values() for graph in towers.values()]
+    if (second := bundle.second) is not None:
+        held = second.manifest.variants.values()
+        graphs += [f"{SECOND}/{graph.file}" for towers in held for graph in towers.values()]
     for name in bundle.manifest.files:
         # ONNX's own libraries refuse weights that have a second hard link, as a way to smuggle in another's file.
         weights = any(is_graph_file(name, graph) and name != graph for graph in graphs)

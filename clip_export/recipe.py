@@ -41,6 +41,7 @@ class Recipe:
     output: str | None = None
     towers: tuple[Tower, ...] | None = None
     outputs: tuple[str, ...] | None = None
+    context: bool = False
     activation: Activation | None = None
     tokenizer_dialect: Dialect | None = None
     preprocess_dialect: Dialect | None = None
@@ -108,7 +109,7 @@ class Recipe:
 
 
 # What only an export from a checkpoint can do: a bundle has it settled.
-_OF_CHECKPOINTS = ("output", "outputs", "activation", "tokenizer_dialect", "preprocess_dialect")
+_OF_CHECKPOINTS = ("output", "outputs", "context", "activation", "tokenizer_dialect", "preprocess_dialect")
 _OF_8_BITS = (
     *("calibration_method", "min_cosine", "max_recall_drop", "precision_map", "quantize_attention"),
     *("allow_below_contract", "allow_slower"),
@@ -202,13 +203,14 @@ def _bundle(recipe: Recipe, *, force: bool, progress: Progress) -> Bundle:
             recipe.output,
             towers=recipe.towers,
             outputs=recipe.outputs,
+            context=recipe.context,
             force=force,
             activation=recipe.activation,
             tokenizer_dialect=recipe.tokenizer_dialect,
             preprocess_dialect=recipe.preprocess_dialect,
             progress=progress,
         )
-    stated = [_flag(name) for name in _OF_CHECKPOINTS if getattr(recipe, name) is not None]
+    stated = [_flag(name) for name in _OF_CHECKPOINTS if getattr(recipe, name) not in (None, False)]
     if stated:
         message = f"{recipe.checkpoint} is a bundle, for which {', '.join(stated)} is settled"
         raise InputError(message, hint="build again from its checkpoint, or leave that out")
@@ -252,7 +254,7 @@ def _has_image(recipe: Recipe) -> bool:
     """Whether an image tower is to be calibrated, as far as that is known before the checkpoint is read."""
     if is_bundle(recipe.checkpoint):
         return "image" in Bundle.open(recipe.checkpoint, check_files=False).spec.towers
-    return recipe.towers is None or "image" in recipe.towers
+    return not recipe.context and (recipe.towers is None or "image" in recipe.towers)
 
 
 def _flag(name: str) -> str:

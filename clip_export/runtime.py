@@ -17,7 +17,8 @@ from clip_export import backends
 from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
 from clip_export.choice import GRAPHS, Choice, choose
-from clip_export.encoder import Encoder, OnDevice
+from clip_export.context_inputs import completed
+from clip_export.encoder import Encoder, OnDevice, Run
 from clip_export.errors import BackendError, BundleError, BundleIntegrityError, InputError, MissingDependencyError
 from clip_export.golden import Golden
 from clip_export.graph.files import missing
@@ -74,12 +75,27 @@ def load(
         if contract is not None and not contract.kept:
             words = "; ".join(contract.missed)
             warnings.warn(f"{choice.precision} of {bundle.path} misses its accuracy contract: {words}", stacklevel=2)
-        return open_choice(bundle, choice, threads=threads, options=options, batch_size=batch_size)
+        opened = partial(open_choice, threads=threads, options=options, batch_size=batch_size)
+        return _with_second(bundle, choice, opened)
     except (BackendError, MissingDependencyError) as error:
         if fallback is None or backend == fallback:
             raise
         warnings.warn(f"running on {fallback} instead of {backend or 'a plan'}: {error.message}", stacklevel=2)
-    return open_choice(bundle, choose(bundle, backend=fallback), threads=threads, batch_size=batch_size)
+    opened = partial(open_choice, threads=threads, batch_size=batch_size)
+    return _with_second(bundle, choose(bundle, backend=fallback), opened)
+
+
+def _with_second(bundle: Bundle, choice: Choice, opened: Callable[[Bundle, Choice], Encoder]) -> Encoder:
+    """The Encoder of `bundle` and, for a model with two text encoders, the second in it, on what the first runs on."""
+    encoder, second = opened(bundle, choice), bundle.second
+    if second is not None:
+        try:
+            chosen = choose(second, backend=choice.backend, device=choice.device, precision=choice.precision)
+            encoder.second = opened(second, chosen)
+        except BaseException:
+            encoder.close()
+            raise
+    return encoder
 
 
 def open_choice(
@@ -117,12 +133,13 @@ def assemble(
             _check_outputs(bundle, tower, choice.precision, engines[tower])
         return Encoder(
             bundle.spec,
-            run_text=engines.get("text"),
+            run_text=_text_run(bundle.spec, engines.get("text")),
             run_image=engines.get("image"),
-            on_device=_on_device(choice, engines),
+            on_device=_on_device(bundle.spec, choice, engines),
             tokenizer=tokenizer,
             preprocessor=preprocessor,
             trim=_may_trim(bundle, choice.precision),
+            trim_embeddings=bundle.spec.text is not None and bundle.graph("text", choice.precision).sequence_dynamic,
             trim_step=TRIM_STEP if choice.plans else 1,
             batch_size=batch_size,
             close=close,
@@ -164,17 +181,21 @@ def _prepared(bundle: Bundle, plan: Plan, work: Path) -> Path:
     return prepare(graph, work / graph.name, primitive=plan.options.get("attention") == "primitive")
 
 
-def _on_device(choice: Choice, engines: Mapping[Tower, backends.Engine]) -> dict[Tower, OnDevice]:
+def _on_device(spec: ModelSpec, choice: Choice, engines: Mapping[Tower, backends.Engine]) -> dict[Tower, OnDevice]:
     """The towers that can leave their outputs on a GPU, with the outputs that are there to be left."""
     if choice.device == "cpu":
         return {}
     outputs = {
         tower: choice.plans[tower].outputs if tower in choice.plans else engines[tower].outputs for tower in engines
     }
-    return {
-        tower: OnDevice(cast(backends.DeviceEngine, engine).run_on_device, outputs[tower])
-        for tower, engine in engines.items()
-    }
+    runs = {tower: cast(backends.DeviceEngine, engine).run_on_device for tower, engine in engines.items()}
+    if "text" in runs and spec.context is not None:
+        runs["text"] = completed(runs["text"], spec)
+    return {tower: OnDevice(run, outputs[tower]) for tower, run in runs.items()}
+
+
+def _text_run(spec: ModelSpec, engine: backends.Engine | None) -> Run | None:
+    return engine if engine is None or spec.context is None else completed(engine, spec)
 
 
 def _check_outputs(bundle: Bundle, tower: Tower, precision: str, engine: backends.Engine) -> None:

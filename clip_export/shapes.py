@@ -58,11 +58,21 @@ def profiles(
     assert spec.text is not None
     context = spec.text.context_length
     sequences = _ranges(_lengths(context, lengths)) if sequence_dynamic else [(context, context)]
-    return tuple(
+    made: list[Profile] = [
         {"input_ids": _text_shapes(batch, sequence), "eot_index": _text_shapes(batch)}
         for batch in batch_ranges
         for sequence in sequences
-    )
+    ]
+    if spec.context is not None:
+        made = [_with_context(profile, spec.text.transformer.width) for profile in made]
+    return tuple(made)
+
+
+def _with_context(profile: Profile, width: int) -> Profile:
+    """The profile of a graph that gives Context: its other inputs go with token ids, or with end positions."""
+    ids = profile["input_ids"]
+    vectors = ShapeRange(min=(*ids.min, width), opt=(*ids.opt, width), max=(*ids.max, width))
+    return {**profile, "layer": profile["eot_index"], "attention_mask": ids, "inputs_embeds": vectors}
 
 
 def _text_shapes(batch: tuple[int, int], *axes: tuple[int, int]) -> ShapeRange:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from clip_export import backends
@@ -22,10 +22,11 @@ from clip_export.spec import Tower
 
 
 @contextmanager
-def simulated(bundle: Bundle, precision: str) -> Iterator[Encoder]:
+def simulated(bundle: Bundle, precision: str, *, second: bool = True) -> Iterator[Encoder]:
     """An Encoder that computes what a GPU computes with the `precision` graphs of `bundle`, rounding by rounding.
 
-    Takes an fp32 copy of the graphs in a temporary directory. Raises MissingDependencyError without onnx-ir.
+    Takes an fp32 copy of the graphs in a temporary directory, of a second text encoder too unless it is not wanted.
+    Raises MissingDependencyError without onnx-ir.
     """
     lacks = simulation_lacks()
     if lacks is not None:
@@ -40,7 +41,10 @@ def simulated(bundle: Bundle, precision: str) -> Iterator[Encoder]:
             return backends.open_engine(GRAPHS, target)
 
         choice = Choice(backend=GRAPHS, device="cpu", precision=precision)
-        with assemble(bundle, choice, open_tower, batch_size=choice.batch_size) as encoder:
+        with ExitStack() as opened:
+            encoder = opened.enter_context(assemble(bundle, choice, open_tower, batch_size=choice.batch_size))
+            if second and bundle.second is not None:
+                encoder.second = opened.enter_context(simulated(bundle.second, precision))
             yield encoder
 
 

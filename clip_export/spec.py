@@ -23,6 +23,7 @@ ResizeMode = Literal["shortest", "longest", "squash"]
 Transparency = Literal["drop", "white"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Shape = tuple[int, ...]
+Family = Literal["clip", "sd1", "sd2", "sdxl", "sdxl_refiner", "sd3"]
 
 TOWERS: tuple[Tower, ...] = ("text", "image")
 
@@ -130,10 +131,31 @@ class PreprocessSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSpec:
+    """What the text tower is to a diffusion model, for those that give Context.
+
+    `family` is whose rules hold: which layer is taken, and whether the final LayerNorm is applied to it.
+    `missing_blocks` is how many blocks at the end of that family's encoder the checkpoint does not have, as in Stable
+    Diffusion 2 in diffusers' layout, which has 23 of 24: layers are counted from the end of the whole. `second` says
+    that there is another encoder, whose hidden states are joined to these. `zero_negative` is what diffusers calls
+    force_zeros_for_empty_prompt.
+    """
+
+    family: Family
+    missing_blocks: int = 0
+    second: bool = False
+    zero_negative: bool = False
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.missing_blocks < 8, f"missing_blocks must be from 0 to 7, found {self.missing_blocks}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One CLIP model. A tower that the checkpoint does not have is None, and what serves it is None with it.
 
     `logit_scale` is the logarithm of the factor on the cosine, as CLIP stores it; `logit_bias` is None for CLIP.
+    `context` is there where the text graph gives Context: the hidden states of any layer, of all positions.
     """
 
     text: TextSpec | None
@@ -142,8 +164,11 @@ class ModelSpec:
     preprocess: PreprocessSpec | None
     logit_scale: float | None = None
     logit_bias: float | None = None
+    context: ContextSpec | None = None
 
     def __post_init__(self) -> None:
+        _require(self.context is None or self.text is not None, "Context comes from a text tower, and there is none")
+        _require(self.context is None or (self.text is not None and self.text.causal), "Context needs a causal tower")
         _require(self.text is not None or self.image is not None, "a model needs a text or an image tower")
         scale = self.logit_scale
         _require(scale is None or -50 < scale < 50, f"logit_scale is a logarithm, expected within 50, found {scale}")
@@ -174,6 +199,7 @@ class ModelSpec:
             self,
             text=self.text if "text" in wanted else None,
             tokenizer=self.tokenizer if "text" in wanted else None,
+            context=self.context if "text" in wanted else None,
             image=self.image if "image" in wanted else None,
             preprocess=self.preprocess if "image" in wanted else None,
         )

@@ -111,6 +111,15 @@ class Tokenizer:
             self._require_fit(lengths + 2)
         return Tokens(input_ids, self._eot_index(input_ids))
 
+    def ids(self, text: str) -> list[int]:
+        """The ids of one text as they come: without start and end, not cut, not padded. Raises TextError."""
+        flat, _ = self._encode(_checked([text]), [0])
+        return [int(index) for index in flat]
+
+    def word(self, index: int) -> str:
+        """What the vocabulary has for an id, "" where it has nothing."""
+        return self._core.id_to_token(index) or ""
+
     def tokens(self, text: str) -> list[str]:
         """The vocabulary's own words for the tokens of one text, start and end included, not cut and not padded.
 

@@ -19,15 +19,17 @@ from clip_export import backends
 from clip_export.backends.building import EngineOptions
 from clip_export.bundle import Bundle
 from clip_export.choice import CPU_INT8, FP32, GRAPHS, Choice, best_plans, choose
+from clip_export.context_inputs import sampled_feeds
 from clip_export.cosine import Doubles, cosines, unit_rows
 from clip_export.encoder import Encoder, Floats
 from clip_export.errors import BundleIntegrityError, ContractError
-from clip_export.golden import Golden
-from clip_export.manifest import REBUILD
+from clip_export.golden import Golden, TextGolden
+from clip_export.manifest import REBUILD, SECOND
 from clip_export.progress import Progress, silent
 from clip_export.runtime import open_choice
 from clip_export.simulation import simulated, simulation_lacks
 from clip_export.spec import Tower
+from clip_export.tokenizer import Tokens
 
 # Least cosine to the reference in float32, by precision. A graph that is all fp16 cannot be refined by keeping more of
 # it in fp32. bf16 has 8 bits where fp16 has 11: errors 8 times as large, and 1 - cosine goes with their square.
@@ -119,7 +121,25 @@ def replay(
     bundle = path if isinstance(path, Bundle) else Bundle.open(path)
     runs, notes, unmeasured = find_runs(bundle, backend, device, precision)
     asked = [precision] if precision is not None else list(bundle.manifest.variants) if backend is None else []
-    return _replayed(bundle, runs, asked, (*unmeasured, *notes), progress)
+    found, second = _replayed(bundle, runs, asked, (*unmeasured, *notes), progress), bundle.second
+    if second is None:
+        return found
+    also = replay(second, backend=backend, device=device, precision=precision, progress=progress)
+    return _both(found, also)
+
+
+def _both(first: Replay, second: Replay) -> Replay:
+    """One of a bundle and of that of its second text encoder."""
+    missed = {
+        name: first.missed.get(name, ()) + second.missed.get(name, ()) for name in {**first.missed, **second.missed}
+    }
+    notes = tuple(dict.fromkeys((*first.notes, *second.notes)))
+    return Replay(name=first.name, rows=(*first.rows, *of_second(second.rows)), notes=notes, missed=missed)
+
+
+def of_second(rows: Iterable[Row]) -> Iterator[Row]:
+    """`rows` of the bundle of a second text encoder, whose outputs are named text_2/…."""
+    return (dataclasses.replace(row, output=f"{SECOND}/{row.output}") for row in rows)
 
 
 def replay_choice(
@@ -155,7 +175,7 @@ def golden_outputs(encoder: Encoder, golden: Golden) -> dict[Tower, dict[str, Fl
     """What `encoder` gives for golden samples, by tower and output, as they leave the tower."""
     found: dict[Tower, dict[str, Floats]] = {}
     if golden.text is not None and "text" in encoder.towers:
-        found["text"] = encoder.text_outputs(golden.text.texts, truncate=True)
+        found["text"] = _text_outputs(encoder, golden.text)
     if golden.image is not None and "image" in encoder.towers:
         found["image"] = encoder.image_outputs(golden.image.files)
     return found
@@ -206,7 +226,7 @@ def find_runs(
             continue
         if missing is None:
             bundle.graph(bundle.spec.towers[0], wanted)  # raises where there is no such precision
-            runs[wanted] = (f"simulation of {wanted}, cpu", wanted, partial(simulated, bundle, wanted))
+            runs[wanted] = (f"simulation of {wanted}, cpu", wanted, partial(simulated, bundle, wanted, second=False))
         elif precision is not None:
             raise missing
         else:
@@ -233,6 +253,15 @@ def _choices(bundle: Bundle, device: str | None, precision: str) -> Iterator[Cho
 
 def _real(bundle: Bundle, choice: Choice) -> Run:
     return choice.title, choice.precision, partial(open_choice, bundle, choice)
+
+
+def _text_outputs(encoder: Encoder, golden: TextGolden) -> dict[str, Floats]:
+    if encoder.spec.context is None:
+        return encoder.text_outputs(golden.texts, truncate=True)
+    # Their ids were compared with the tokenizer's when the bundle was loaded.
+    tokens = Tokens(golden.input_ids, golden.eot_index)
+    feeds = sampled_feeds({"input_ids": golden.input_ids, "eot_index": golden.eot_index}, encoder.spec)
+    return encoder.token_outputs(tokens, more={"layer": feeds["layer"]})
 
 
 def required_cosine(bundle: Bundle, precision: str) -> float:

@@ -62,3 +62,22 @@ def transformers() -> ModuleType:
     import transformers
 
     return transformers
+
+
+def diffusers() -> ModuleType:
+    """The diffusers package, with transformers importable beside it."""
+    transformers()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    return diffusers
+
+
+def compel() -> ModuleType:
+    """The compel package."""
+    diffusers()
+    import compel
+    import compel.convenience_wrappers
+    import compel.prompt_parser
+
+    return compel

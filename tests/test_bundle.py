@@ -214,7 +214,7 @@ def test_other_hidden_files_are_the_users(bundle: Path, name: str) -> None:
 # Schemas
 
 
-def test_the_bytes_of_schema_3(bundle: Path, golden_text: Callable[[str, str], None]) -> None:
+def test_the_bytes_of_schema_4(bundle: Path, golden_text: Callable[[str, str], None]) -> None:
     plan = make_plan(
         gpu="NVIDIA L4",
         driver="580.95.05",
@@ -230,26 +230,32 @@ def test_the_bytes_of_schema_3(bundle: Path, golden_text: Callable[[str, str], N
     )
     contracts = {"fp16": Contract(min_cosine=0.995, max_recall_drop=0.5, missed=missed)}
     manifest = dataclasses.replace(with_plans(bundle, [plan, make_plan("image")]), contracts=contracts)
-    golden_text(manifest_bytes(manifest).decode("ascii"), "manifests/schema-3.json")
-    data = (MANIFESTS / "schema-3.json").read_bytes()
+    golden_text(manifest_bytes(manifest).decode("ascii"), "manifests/schema-4.json")
+    data = (MANIFESTS / "schema-4.json").read_bytes()
     assert parse_manifest(data) == manifest
     assert manifest_bytes(parse_manifest(data)) == data
+
+
+def test_schema_3_is_read() -> None:
+    manifest = parse_manifest((MANIFESTS / "schema-3.json").read_bytes())
+    assert (manifest.schema_version, manifest.spec.context) == (3, None)
+    assert parse_manifest(manifest_bytes(manifest)) == dataclasses.replace(manifest, schema_version=4)
 
 
 def test_schema_2_is_read() -> None:
     manifest = parse_manifest((MANIFESTS / "schema-2.json").read_bytes())
     assert (manifest.schema_version, len(manifest.plans), manifest.contracts) == (2, 2, {})
-    assert parse_manifest(manifest_bytes(manifest)) == dataclasses.replace(manifest, schema_version=3)
+    assert parse_manifest(manifest_bytes(manifest)) == dataclasses.replace(manifest, schema_version=4)
 
 
-def test_schema_1_is_read_and_schema_3_written() -> None:
+def test_schema_1_is_read_and_schema_4_written() -> None:
     """A real manifest of the first version: that of the demo, as its users have it."""
     data = (MANIFESTS / "schema-1.json").read_bytes()
     manifest = parse_manifest(data)
     assert (manifest.schema_version, manifest.name, manifest.plans) == (1, "demo", ())
     assert manifest.graph_sha256("text.onnx") == "b241eec1522ffa847227034866d7bfd393a979453931b3a07be47ea973f97ffc"
     again = parse_manifest(manifest_bytes(manifest))
-    assert again == dataclasses.replace(manifest, schema_version=3)
+    assert again == dataclasses.replace(manifest, schema_version=4)
 
 
 def test_a_manifest_of_two_schemas_at_once(bundle: Path) -> None:
@@ -258,6 +264,9 @@ def test_a_manifest_of_two_schemas_at_once(bundle: Path) -> None:
         Bundle.open(bundle)
     rewrite(bundle, schema_version=2)
     with pytest.raises(BundleSchemaError, match=r"manifest.json: unknown key contracts, which schema 2 has not"):
+        Bundle.open(bundle)
+    rewrite(bundle, schema_version=3)
+    with pytest.raises(BundleSchemaError, match=r"manifest.json: unknown key spec.context, which schema 3 has not"):
         Bundle.open(bundle)
 
 
@@ -591,7 +600,7 @@ def _nested(depth: int) -> str:
         ('{"schema_version": 1e999}', "1e999 is out of range"),
         ('{"schema_version": ' + "9" * 5000 + "}", "9999 is out of range"),
         ('{"schema_version": 9223372036854775808}', "out of range"),
-        ('{"schema_version": 4}', "schema 4 was written by a newer clip-export; this one reads up to 3"),
+        ('{"schema_version": 5}', "schema 5 was written by a newer clip-export; this one reads up to 4"),
         ('{"schema_version": 0}', "expected a schema_version of 1 or more, found 0"),
         ('{"schema_version": true}', "expected a schema_version of 1 or more, found True"),
         ('{"schema_version": "1"}', "expected a schema_version of 1 or more, found '1'"),
@@ -610,7 +619,7 @@ def test_what_is_no_manifest(bundle: Path, text: str, words: str) -> None:
 
 
 def test_a_newer_schema_says_how_to_upgrade(bundle: Path) -> None:
-    rewrite(bundle, schema_version=4, something_new={})
+    rewrite(bundle, schema_version=5, something_new={})
     with pytest.raises(BundleSchemaError) as raised:
         Bundle.open(bundle)
     assert raised.value.hint == "upgrade clip-export: pip install -U clip-export"

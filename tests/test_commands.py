@@ -30,7 +30,7 @@ from clip_export.commands._installed import packages, version_fits
 from clip_export.commands._output import columns_width, print_columns, print_json, printable, size_text
 from clip_export.commands._progress import Bar
 
-COMMANDS = ["build", "inspect", "verify", "bench", "explain", "embed", "similarity", "doctor"]
+COMMANDS = ["build", "inspect", "verify", "bench", "explain", "embed", "similarity", "context", "doctor"]
 CHELSEA, COFFEE = (str(pictures.PHOTOGRAPHS[name]) for name in ("chelsea", "coffee"))
 
 
@@ -182,7 +182,7 @@ def test_inspect(tiny_bundle: Path) -> None:
     result = run("inspect", tiny_bundle)
     assert (result.exit_code, result.stderr) == (0, "")
     manifest = Bundle.open(tiny_bundle).manifest
-    assert result.stdout.startswith("tiny, bundle schema 3\n")
+    assert result.stdout.startswith("tiny, bundle schema 4\n")
     for words in (
         "\ntowers\n",
         "77 tokens of 600 -> 2 layers of width 128, 2 heads, quick_gelu, causal -> embedding of 64",

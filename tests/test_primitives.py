@@ -31,12 +31,21 @@ def run(path: Path, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def attention(
-    path: Path, *, heads: int = 0, dtype: ir.DataType = ir.DataType.FLOAT, mask: bool = False, **more: object
+    path: Path,
+    *,
+    heads: int = 0,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    mask: bool = False,
+    visible: bool = False,
+    **more: object,
 ) -> Path:
     """One Attention node on inputs q, k, v: [batch, heads, sequence, 16], or [batch, sequence, heads * 16]."""
     shape = ["batch", "sequence", heads * 16] if heads else ["batch", 2, "sequence", 16]
     names = ["q", "k", "v", *(["mask"] if mask else [])]
     inputs = [ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype)) for name in names]
+    if visible:
+        over = ir.Shape(["batch", 1, "sequence", "sequence"])
+        inputs.append(ir.Value(name="visible", shape=over, type=ir.TensorType(ir.DataType.BOOL)))
     attributes = more | ({"q_num_heads": heads, "kv_num_heads": heads} if heads else {})
     node = ir.node("Attention", inputs, attributes=attributes, name="block/Attention")
     output = node.outputs[0]
@@ -102,9 +111,23 @@ def test_only_those_asked_for(tiny_bundle: Path) -> None:
     assert [node.name for node in model.graph if node.op_type == "Attention"] == ["blocks.0.attention/Attention"]
 
 
+def test_a_mask_of_its_own_hides_what_the_operator_hides(tmp_path: Path) -> None:
+    path = attention(tmp_path / "a.onnx", visible=True)
+    model = ir.load(path)
+    assert decompose_attention(model) == 1
+    save(model, tmp_path / "d.onnx")
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((3, 2, 5, 16)).astype(np.float32) for name in "qkv"}
+    visible = np.tril(np.ones((5, 5), bool))[None, None] & (rng.random((3, 1, 1, 5)) > 0.4)
+    visible[..., 0] = True
+    found = run(tmp_path / "d.onnx", arrays | {"visible": visible})[0]
+    np.testing.assert_allclose(found, run(path, arrays | {"visible": visible})[0], atol=1e-5)
+    assert np.abs(found - run(path, arrays | {"visible": np.ones_like(visible)})[0]).max() > 0.1
+
+
 def test_attention_that_is_more_than_that_is_refused(tmp_path: Path) -> None:
     masked = ir.load(attention(tmp_path / "a.onnx", mask=True))
-    with pytest.raises(PlanBuildError, match=r"block/Attention: expected .* alone, found a mask or a cache as input"):
+    with pytest.raises(PlanBuildError, match=r"block/Attention: expected .*, found a mask that is not bool"):
         decompose_attention(masked)
     capped = ir.load(attention(tmp_path / "a.onnx", softcap=30.0))
     with pytest.raises(PlanBuildError, match="found a soft cap"):

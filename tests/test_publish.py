@@ -126,7 +126,7 @@ def test_a_damaged_bundle_and_a_newer_one_are_replaced(tmp_path: Path) -> None:
     (target / "text.onnx").unlink()
     (target / "image.onnx").write_bytes(b"")
     manifest = (target / "manifest.json").read_bytes()
-    (target / "manifest.json").write_bytes(manifest.replace(b'"schema_version": 3', b'"schema_version": 7'))
+    (target / "manifest.json").write_bytes(manifest.replace(b'"schema_version": 4', b'"schema_version": 7'))
     build(target, "new", force=True)
     assert Bundle.open(target).name == "new"
 
@@ -685,7 +685,7 @@ def test_an_extension_without_a_manifest_is_not_published(tmp_path: Path) -> Non
 def _newer_schema(target: Path) -> None:
     build(target)
     manifest = (target / "manifest.json").read_bytes()
-    (target / "manifest.json").write_bytes(manifest.replace(b'"schema_version": 3', b'"schema_version": 4'))
+    (target / "manifest.json").write_bytes(manifest.replace(b'"schema_version": 4', b'"schema_version": 5'))
 
 
 def _same_size(target: Path) -> None:
@@ -708,7 +708,7 @@ def _linked(target: Path) -> None:
         (_linked, BundleError, "a is a symbolic link to real", "give the directory that it points to"),
         (_notes_in_a_bundle, BundleIntegrityError, "notes.txt in .* is not listed", "move it out of the bundle"),
         (_git_in_a_bundle, BundleError, "a is not replaced: it holds .git/HEAD, which", "extend a copy of the bundle"),
-        (_newer_schema, BundleSchemaError, "schema 4 was written by a newer clip-export", "upgrade clip-export"),
+        (_newer_schema, BundleSchemaError, "schema 5 was written by a newer clip-export", "upgrade clip-export"),
         (_damaged_manifest, BundleSchemaError, "manifest.json is not valid JSON", "build the bundle again"),
         (_same_size, BundleIntegrityError, "image.onnx in .* is changed: expected sha256", "build the bundle again"),
     ],

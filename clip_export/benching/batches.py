@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_export.bundle import Bundle
+from clip_export.context_inputs import complete_feeds
 from clip_export.errors import InputError
 from clip_export.pairs import spread
 from clip_export.prompts import prompts
@@ -88,6 +89,8 @@ def _text(bundle: Bundle, tokenizer: Tokenizer, lengths: str, size: int) -> Batc
     length = longest if bundle.graph("text").sequence_dynamic else int(tokens.input_ids.shape[1])
     ids = np.ascontiguousarray(tokens.input_ids[:, :length])
     feeds = {"input_ids": ids, "eot_index": tokens.eot_index}
+    if bundle.spec.context is not None and bundle.spec.text is not None:
+        feeds = complete_feeds(feeds, bundle.spec.text)
     return Batch(tower="text", size=size, feeds=feeds, lengths=lengths, length=length, tokens=tokens)
 
 

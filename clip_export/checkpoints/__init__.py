@@ -18,7 +18,7 @@ import importlib.util
 import os
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -43,13 +43,15 @@ class Options:
 
     Stating `preprocess_dialect` also states that pictures are resized and normalized with CLIP's own constants where
     the checkpoint does not say how. `towers` are those that are wanted, None for all: what serves only others need not
-    be known. A reader may return more towers than are wanted.
+    be known. A reader may return more towers than are wanted. `context`: the text encoders of a diffusion model, or the
+    text tower of a CLIP, are to give Context.
     """
 
     activation: Activation | None = None
     tokenizer_dialect: Dialect | None = None
     preprocess_dialect: Dialect | None = None
     towers: tuple[Tower, ...] | None = None
+    context: bool = False
 
     def wants(self, tower: Tower) -> bool:
         """Whether what serves `tower` has to be known."""
@@ -76,13 +78,15 @@ class Checkpoint:
     `weights` maps each name of `spec.weight_shapes(spec)` to a tensor of that shape in the dtype it is stored in. It is
     lazy: a tensor is read when it is asked for and not kept, so that one weight at a time is in memory. Asking may
     raise WeightsError (NaN or infinite values) and CheckpointError (the file has changed).
-    `tokenizer_json` is the tokenizer in the format of the tokenizers library; None without a text tower.
+    `tokenizer_json` is the tokenizer in the format of the tokenizers library; None without a text tower. `second` is
+    the other text encoder of a model that has two.
     """
 
     spec: ModelSpec
     weights: Mapping[str, torch.Tensor]
     tokenizer_json: str | None
     source: Source
+    second: Checkpoint | None = None
 
 
 class Format(Protocol):
@@ -109,14 +113,27 @@ def read(checkpoint: str | os.PathLike[str], options: Options | None = None) -> 
     AmbiguousCheckpointError where an option has to decide, UnsafeCheckpointError for a file that would run code,
     WeightsError for weights that do not fit, and CheckpointError for anything else that is wrong with it.
     """
-    candidate = _candidate(checkpoint)
-    reader = _reader(candidate)
+    candidate, options = _candidate(checkpoint), options or Options()
+    from clip_export.checkpoints import stable_diffusion
+
+    single = options.context and stable_diffusion.is_single_file(candidate)
+    reader: Format = cast(Format, stable_diffusion) if single else _reader(candidate)
     _require_packages("torch", "safetensors")
     try:
-        return reader.read(candidate, options or Options())
+        return _read(reader, candidate, options)
     except SpecError as error:
         message = f"{candidate}: the checkpoint describes a model that cannot be: {error.message}"
         raise CheckpointError(message, hint="check its config against the model that it came from") from error
+
+
+def _read(reader: Format, candidate: str | Path, options: Options) -> Checkpoint:
+    from clip_export.checkpoints import stable_diffusion
+
+    of_clip = options.context and reader.EXPECTS != stable_diffusion.EXPECTS
+    if of_clip and options.towers is None:
+        options = replace(options, towers=("text",))  # what only pictures need does not have to be known
+    found = reader.read(candidate, options)
+    return stable_diffusion.of_clip(found) if of_clip else found
 
 
 def _candidate(checkpoint: str | os.PathLike[str]) -> str | Path:

@@ -41,7 +41,7 @@ def recipes(spec: ModelSpec, *, prefix: str = "", text_prefix: str = "") -> dict
     if spec.image is not None:
         found |= _image(f"{prefix}visual.", spec.image.transformer.layers)
     if spec.text is not None:
-        found |= _text(f"{prefix}{text_prefix}", spec.text.transformer.layers)
+        found |= text_recipes(f"{prefix}{text_prefix}", spec.text.transformer.layers)
     return found
 
 
@@ -59,7 +59,8 @@ def _image(prefix: str, layers: int) -> dict[str, Recipe]:
     return _named("image.", prefix, names) | {"image.projection.weight": Recipe((f"{prefix}proj",), transposed=True)}
 
 
-def _text(prefix: str, layers: int) -> dict[str, Recipe]:
+def text_recipes(prefix: str, layers: int) -> dict[str, Recipe]:
+    """Those of a text tower alone."""
     names = {
         "token_embedding.weight": "token_embedding.weight",
         "positional_embedding": "positional_embedding",

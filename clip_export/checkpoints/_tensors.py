@@ -32,6 +32,18 @@ _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
+class _Inert:
+    """Stands for a class that a trainer left in its file as the key of a dict: it can be named, and does nothing."""
+
+
+# The callbacks of Stable Diffusion 1's own .ckpt files. Nothing is ever made of them.
+_INERT: list[Any] = [
+    (_Inert, f"{package}.callbacks.{name}")
+    for package in ("pytorch_lightning", "lightning.pytorch")
+    for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "lr_monitor.LearningRateMonitor")
+]
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file. `dtype` is torch's name for it, such as "float16"; `load` reads the values."""
@@ -127,7 +139,8 @@ def load_pickle(path: Path) -> Any:
             # Said of pickles that torch.save did not write; if it matters, the load fails.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+            with torch.serialization.safe_globals(_INERT):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except pickle.UnpicklingError as error:
         named = _REFUSED_GLOBAL.search(str(error))
         refused = named[1] if named else _first_foreign_global(path)

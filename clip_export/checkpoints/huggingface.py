@@ -35,6 +35,7 @@ from clip_export.spec import ModelSpec, Tower, weight_shapes
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 EXPECTS = f"a directory, or org/name on the hub, with {CONFIG} and {' or '.join(WEIGHTS)}, whole or in shards"
 
+_HALVES = ("model.fp16.safetensors", "pytorch_model.fp16.bin")  # diffusers' folders may have these alone
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _TOWER_KEYS: dict[Tower, tuple[str, ...]] = {
     "text": ("text_model.", "text_projection."),
@@ -86,7 +87,7 @@ def read(checkpoint: str | Path, options: Options) -> Checkpoint:
 
 
 def _weight_names() -> list[str]:
-    return [name + suffix for name in WEIGHTS for suffix in ("", INDEX)]
+    return [name + suffix for name in (*WEIGHTS, *_HALVES) for suffix in ("", INDEX)]
 
 
 def _locate(checkpoint: str | Path) -> _Files:
@@ -103,7 +104,7 @@ def _locate(checkpoint: str | Path) -> _Files:
     if checkpoint.is_file():
         weights = find_weights(checkpoint.parent, [checkpoint.name.removesuffix(INDEX)])
         return _Files(base_name(checkpoint), checkpoint.parent, weights)
-    return _Files(base_name(checkpoint), checkpoint, find_weights(checkpoint, WEIGHTS))
+    return _Files(base_name(checkpoint), checkpoint, find_weights(checkpoint, (*WEIGHTS, *_HALVES)))
 
 
 def _require_weights(files: _Files) -> None:
@@ -161,13 +162,7 @@ def _is_passed_over(key: str, unwanted: Collection[Tower]) -> bool:
 def _recipes(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     if spec.text is not None:
-        names = {
-            "token_embedding.weight": "embeddings.token_embedding.weight",
-            "positional_embedding": "embeddings.position_embedding.weight",
-            "final_norm.weight": "final_layer_norm.weight",
-            "final_norm.bias": "final_layer_norm.bias",
-        }
-        recipes |= _tower("text.", _prefix("text_model.", stored), names, spec.text.transformer.layers)
+        recipes |= text_recipes(_prefix("text_model.", stored), spec.text.transformer.layers)
         recipes["text.projection.weight"] = Recipe(("text_projection.weight",))
     if spec.image is not None:
         names = {
@@ -182,6 +177,17 @@ def _recipes(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> dict[str, R
         recipes |= _tower("image.", _prefix("vision_model.", stored), names, spec.image.transformer.layers)
         recipes["image.projection.weight"] = Recipe(("visual_projection.weight",))
     return recipes
+
+
+def text_recipes(prefix: str, layers: int) -> dict[str, Recipe]:
+    """Those of a text tower whose keys begin with `prefix`, without its projection."""
+    names = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "final_norm.weight": "final_layer_norm.weight",
+        "final_norm.bias": "final_layer_norm.bias",
+    }
+    return _tower("text.", prefix, names, layers)
 
 
 def _prefix(prefix: str, stored: Mapping[str, StoredTensor]) -> str:

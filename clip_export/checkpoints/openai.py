@@ -45,10 +45,10 @@ _BESIDE = (
 )
 
 _LAYOUTS = {
+    "cond_stage_model.": "Stable Diffusion's single file; build it with --context",
+    "conditioner.embedders.": "Stable Diffusion XL's single file; build it with --context",
     "text_model.": "Hugging Face's; put its config.json beside it and name it pytorch_model.bin or model.safetensors",
     "vision_model.": "Hugging Face's; put its config.json beside it and name it pytorch_model.bin or model.safetensors",
-    "cond_stage_model.": "Stable Diffusion's single file, which is not supported; use its text_encoder folder",
-    "conditioner.embedders.": "Stable Diffusion XL's single file, which is not supported; use its text_encoder folder",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from clip_export.commands import bench, build, doctor, embed, explain, inspect, similarity, verify
+from clip_export.commands import bench, build, context, doctor, embed, explain, inspect, similarity, verify
 from clip_export.commands._group import CommandGroup, ManyValues
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-for _command in (build, inspect, verify, bench, explain, embed, similarity, doctor):
+for _command in (build, inspect, verify, bench, explain, embed, similarity, context, doctor):
     _name = _command.__name__.rpartition(".")[2]
     app.command(_name, cls=ManyValues)(getattr(_command, _name))
 

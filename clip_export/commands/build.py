@@ -30,7 +30,7 @@ _COMPILER = "How plans are compiled"
 
 
 def build(
-    context: typer.Context,
+    invocation: typer.Context,
     checkpoint: Annotated[
         str,
         typer.Argument(
@@ -52,6 +52,12 @@ def build(
             metavar="NAMES", help="Any of embedding, pooled and hidden_states, with commas.", show_default="embedding"
         ),
     ] = None,
+    context: Annotated[
+        bool,
+        typer.Option(
+            "--context", help="Text encoders that give a diffusion model its Context, for any dialect of prompts."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there: bundle, graphs or plans.")] = False,
     activation: Annotated[
         Activation | None, typer.Option(help="State the activation where the checkpoint does not.", show_default=False)
@@ -249,16 +255,16 @@ def build(
     from clip_export import recipe
 
     base = recipe.read_recipe(checkpoint) if checkpoint.endswith(".toml") else recipe.Recipe(checkpoint=checkpoint)
-    _make(dataclasses.replace(base, **_stated(context)), force=force)
+    _make(dataclasses.replace(base, **_stated(invocation)), force=force)
 
 
-def _stated(context: typer.Context) -> dict[str, Any]:
+def _stated(invocation: typer.Context) -> dict[str, Any]:
     """What stands on the command line, as fields of a recipe: it goes before what a recipe says."""
     values = {
         name: value
-        for name, value in context.params.items()
+        for name, value in invocation.params.items()
         if name not in ("checkpoint", "force")
-        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        and getattr(invocation.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
     return {name: _PARSERS.get(name, _plain)(value) for name, value in values.items()}
 

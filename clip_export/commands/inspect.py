@@ -69,6 +69,9 @@ def _spec_lines(spec: ModelSpec) -> Iterator[tuple[str, str]]:
         mask = "causal" if spec.text.causal else "not causal"
         yield "text", f"{context} -> {_transformer(spec.text.transformer)}, {mask} -> {_dim(spec.text.embedding_dim)}"
         yield "tokenizer", _tokenizer(spec.tokenizer)
+    if spec.context is not None:
+        others = ", with a second encoder in text_2" if spec.context.second else ""
+        yield "context", f"as {spec.context.family} takes it{others}"
     if spec.image is not None and spec.preprocess is not None:
         size, patch = spec.image.image_size, spec.image.patch_size
         patches = f"{size} x {size} pixels in patches of {patch} x {patch}"

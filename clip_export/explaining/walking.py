@@ -12,6 +12,7 @@ import numpy as np
 
 from clip_export.bundle import Bundle
 from clip_export.choice import FP32
+from clip_export.context_inputs import complete_feeds
 from clip_export.cosine import cosines
 from clip_export.errors import BundleError, InputError
 from clip_export.explaining.causes import Evidence, find_cause
@@ -237,4 +238,7 @@ def _feeds(bundle: Bundle, tower: Tower, front: Front) -> tuple[Feeds, Feeds]:
         return front.found, front.expected
     length = 1 + max(int(feeds["eot_index"].max()) for feeds in (front.found, front.expected))
     first, second = ({**feeds, "input_ids": feeds["input_ids"][:, :length]} for feeds in (front.found, front.expected))
-    return first, second
+    text = bundle.spec.text
+    if bundle.spec.context is None or text is None:
+        return first, second
+    return complete_feeds(first, text), complete_feeds(second, text)

@@ -3,6 +3,7 @@
 | tower | inputs | outputs |
 |---|---|---|
 | text | input_ids int32 [batch, sequence], eot_index int32 [batch] | float32, those asked for |
+| text, for Context | the same, and layer, attention_mask and inputs_embeds (context_inputs.py) | all, and raw_states |
 | image | pixels uint8 [batch, 3, height, width] | float32, those asked for |
 """
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clip_export.context_inputs import CONTEXT_INPUTS
 from clip_export.errors import ExportError
 from clip_export.graph.files import save
 from clip_export.graph.optimize import optimize
@@ -37,6 +39,8 @@ _OPERATORS = {
     *("LayerNormalization", "MatMul", "Mul", "Reshape", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub"),
     *("Transpose", "Unsqueeze"),
 }
+# What chooses a layer, hides positions and puts vectors in the place of tokens.
+_CONTEXT_OPERATORS = {"And", "Equal", "GreaterOrEqual", "LessOrEqual", "Not", "Range", "Where"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,8 @@ class GraphShape:
     """What the graph of a tower has to look like, whichever checkpoint it came from.
 
     `input` is the shape of input_ids or pixels without the batch; `layers` counts blocks; `sequence_dynamic` says
-    whether a text batch may be shorter than the context, which is exact for causal towers only.
+    whether a text batch may be shorter than the context, which is exact for causal towers only. `context_width` is the
+    tower's width where it is a text tower that gives Context, else None.
     """
 
     tower: Tower
@@ -52,12 +57,23 @@ class GraphShape:
     layers: int
     outputs: tuple[str, ...]
     sequence_dynamic: bool
+    context_width: int | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the graph's inputs, in order."""
+        return INPUTS[self.tower] if self.context_width is None else CONTEXT_INPUTS
 
     @property
     def layer_norms(self) -> int:
-        """Two in each block, one after text, one before an image; an image's last one only where it is pooled."""
+        """Two in each block, one after text, one before an image; an image's last one only where it is pooled.
+
+        A text graph that gives Context has one for the layer that is chosen and one for what is pooled.
+        """
         pooled = bool({"pooled", "embedding"} & set(self.outputs))
-        return 2 * self.layers + (1 if self.tower == "text" else 1 + pooled)
+        if self.tower == "text":
+            return 2 * self.layers + (1 if self.context_width is None else 2)
+        return 2 * self.layers + 1 + pooled
 
 
 def export(module: nn.Module, shape: GraphShape, path: Path) -> None:
@@ -66,7 +82,7 @@ def export(module: nn.Module, shape: GraphShape, path: Path) -> None:
     Raises ExportError where the graph is not the one that the architecture must give.
     """
     model = _trace(module, shape)
-    optimize(model, inputs=INPUTS[shape.tower], outputs=shape.outputs)
+    optimize(model, inputs=shape.inputs, outputs=shape.outputs)
     model.graph.name = shape.tower
     model.producer_name, model.producer_version, model.doc_string = "clip-export", None, None
     _check(model, shape)
@@ -83,7 +99,12 @@ def example_feeds(
     length = sequence or shape.input[0]
     # Small ids exist in every vocabulary; zero is left out, it pads.
     input_ids = rng.integers(1, 50, (batch, length), dtype=np.int32)
-    return {"input_ids": input_ids, "eot_index": np.full(batch, length - 1, dtype=np.int32)}
+    feeds: dict[str, np.ndarray] = {"input_ids": input_ids, "eot_index": np.full(batch, length - 1, dtype=np.int32)}
+    if shape.context_width is not None:
+        feeds["layer"] = rng.integers(0, shape.layers + 1, batch, dtype=np.int32)
+        feeds["attention_mask"] = np.ones((batch, length), dtype=np.int32)
+        feeds["inputs_embeds"] = rng.standard_normal((batch, length, shape.context_width), dtype=np.float32)
+    return feeds
 
 
 def _trace(module: nn.Module, shape: GraphShape) -> ir.Model:
@@ -95,7 +116,10 @@ def _trace(module: nn.Module, shape: GraphShape) -> ir.Model:
     batch = Dim("batch")
     axes: dict[str, dict[int, Dim]] = {name: {0: batch} for name in feeds}
     if shape.sequence_dynamic:
-        axes["input_ids"][1] = Dim("sequence", min=1, max=shape.input[0])
+        sequence = Dim("sequence", min=1, max=shape.input[0])
+        for name, array in feeds.items():
+            if shape.tower == "text" and array.ndim > 1:
+                axes[name][1] = sequence
     with _quiet_exporter(), torch.inference_mode():
         program = torch.onnx.export(
             module,
@@ -131,10 +155,14 @@ def _check(model: ir.Model, shape: GraphShape) -> None:
     for operator, number in expected.items():
         if counts[operator] != number:
             raise ExportError(f"the {shape.tower} graph has {counts[operator]} {operator} nodes, expected {number}")
-    leftovers = sorted(counts.keys() - _OPERATORS)
+    known = _OPERATORS if shape.context_width is None else _OPERATORS | _CONTEXT_OPERATORS
+    leftovers = sorted(counts.keys() - known)
     if leftovers:
         raise ExportError(f"the {shape.tower} graph has operators that no pass knows: {', '.join(leftovers)}")
-    axes = [["batch", "sequence" if shape.sequence_dynamic else shape.input[0]], ["batch"]]
+    sequence = "sequence" if shape.sequence_dynamic else shape.input[0]
+    axes = [["batch", sequence], ["batch"]]
+    if shape.context_width is not None:
+        axes += [["batch"], ["batch", sequence], ["batch", sequence, shape.context_width]]
     wanted = axes if shape.tower == "text" else [["batch", *shape.input]]
     found = [_axis_names(value.shape) for value in model.graph.inputs]
     if found != wanted:

@@ -44,8 +44,9 @@ def decompose_attention(model: ir.Model, only: Collection[str] | None = None) ->
     """Replace Attention nodes of `model` in place by products and a softmax; returns how many.
 
     `only` names the nodes to replace, all by default. Queries, keys and values are [batch, heads, sequence, size], or
-    [batch, sequence, heads * size] with the heads in attributes; the numbers are those of the operator. Raises
-    PlanBuildError for a mask tensor, a cache, a soft cap or fewer heads of keys than of queries.
+    [batch, sequence, heads * size] with the heads in attributes; the numbers are those of the operator. A mask is bool,
+    true where a position is seen. Raises PlanBuildError for another mask, a cache, a soft cap or fewer heads of keys
+    than of queries.
     """
     return len(decompose(model, only))
 
@@ -156,7 +157,7 @@ class _Decomposition:
             for operand, role in ((self._query, "query"), (self._key, "key"), (self._value, "value"))
         )
         scores = self._scores(query, key)
-        masked = self._masked(scores, query, key, masks) if _integer(self._node, "is_causal") else scores
+        masked = self._masked(scores, query, key, masks)
         probabilities = add("Softmax", [masked], "probabilities", axis=-1)
         mixed = add("MatMul", [probabilities, value], "mixed", shape=query.shape)
         if self._heads:
@@ -182,14 +183,18 @@ class _Decomposition:
     def _masked(
         self, scores: ir.Value, query: ir.Value, key: ir.Value, masks: dict[tuple[str, str], ir.Value]
     ) -> ir.Value:
-        """Scores of later positions replaced by the lowest finite number: an infinity minus itself is not a number."""
+        """Scores of hidden positions replaced by the lowest finite number: an infinity minus itself is not a number."""
         assert scores.dtype is not None and query.shape is not None and key.shape is not None
-        lengths = (str(query.shape[2]), str(key.shape[2]))
-        known = "None" not in lengths  # axes without a name may differ from one another
-        visible = masks.get(lengths) if known else None
+        visible = _mask(self._node)
+        if visible is None and not _integer(self._node, "is_causal"):
+            return scores
         if visible is None:
-            visible = self._visible(query, key)
-            masks[lengths] = visible
+            lengths = (str(query.shape[2]), str(key.shape[2]))
+            known = "None" not in lengths  # axes without a name may differ from one another
+            visible = masks.get(lengths) if known else None
+            if visible is None:
+                visible = self._visible(query, key)
+                masks[lengths] = visible
         lowest = self._add.constant("lowest", np.asarray(_lowest(scores.dtype), scores.dtype.numpy()))
         return self._add("Where", [visible, scores, lowest], "masked_scores", shape=scores.shape, dtype=scores.dtype)
 
@@ -236,10 +241,13 @@ class _Decomposition:
 
 
 def _require_plain(node: ir.Node) -> None:
-    """Raise PlanBuildError unless the node is softmax(scale q k) v, causal or not, with as many heads of each."""
+    """Raise PlanBuildError unless the node is softmax(scale q k) v, causal or masked, with as many heads of each."""
     found = []
-    if any(value is not None for value in node.inputs[3:]):
-        found.append("a mask or a cache as input")
+    if any(value is not None for value in node.inputs[4:]):
+        found.append("a cache as input")
+    mask = _mask(node)
+    if mask is not None and (not _is_bool(mask) or _integer(node, "is_causal")):
+        found.append("a mask that is not bool, or is causal besides")
     if len([value for value in node.outputs if value.name and (value.uses() or value.is_graph_output())]) > 1:
         found.append("more than one output")
     attribute = node.attributes.get("softcap")
@@ -254,9 +262,19 @@ def _require_plain(node: ir.Node) -> None:
         found.append("fewer heads of keys than of queries")
     if found:
         raise PlanBuildError(
-            f"{node.name}: expected attention of queries, keys and values alone, found {', '.join(found)}",
+            f"{node.name}: expected attention of queries, keys and values, found {', '.join(found)}",
             hint="export the checkpoint again with this version of clip-export",
         )
+
+
+def _mask(node: ir.Node) -> ir.Value | None:
+    return node.inputs[3] if len(node.inputs) > 3 else None
+
+
+def _is_bool(value: ir.Value) -> bool:
+    import onnx_ir as ir
+
+    return bool(value.dtype == ir.DataType.BOOL)
 
 
 def _integer(node: ir.Node, name: str) -> int:

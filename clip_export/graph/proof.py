@@ -24,7 +24,8 @@ Arrays = Mapping[str, np.ndarray]
 BATCHES = (1, 2, 3, 7)
 
 # Largest difference over the largest value of the same output: float32 on both sides, sums in another order.
-TOLERANCES = {"embedding": 1e-5, "pooled": 1e-5, "hidden_states": 1e-4}
+TOLERANCES = {"embedding": 1e-5, "pooled": 1e-5, "hidden_states": 1e-4, "raw_states": 1e-4}
+_STATES = ("hidden_states", "raw_states")  # one a token: what is fed less of gives less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,20 @@ def require_sane(outputs: Arrays, where: str) -> None:
             )
 
 
+def context_feeds(feeds: Arrays) -> dict[str, np.ndarray]:
+    """`feeds` of a text graph that gives Context with what golden samples leave out: hidden positions, and vectors.
+
+    A start token is always visible, so that no position sees nothing.
+    """
+    rng = np.random.default_rng(0)
+    ids, mask, vectors = (feeds[name].copy() for name in ("input_ids", "attention_mask", "inputs_embeds"))
+    mask[:, 1:] = rng.random(mask[:, 1:].shape) > 0.3
+    replaced = rng.random(ids.shape) > 0.7
+    ids[replaced] = -1
+    vectors[replaced] = 0.05 * rng.standard_normal((int(replaced.sum()), vectors.shape[2]))
+    return {**feeds, "input_ids": ids, "attention_mask": mask, "inputs_embeds": vectors}
+
+
 def _text_cases(shape: GraphShape, feeds: Arrays, expected: Arrays) -> list[Case]:
     context_length, end = shape.input[0], feeds["eot_index"]
     made = []
@@ -108,15 +123,13 @@ def _text_cases(shape: GraphShape, feeds: Arrays, expected: Arrays) -> list[Case
         rows = np.flatnonzero(end < length)
         if len(rows):
             part = _part(f"{length} tokens", feeds, expected, rows)
-            cut = {
-                name: array[:, :length] if name == "hidden_states" else array for name, array in part.expected.items()
-            }
-            trimmed = {"input_ids": part.feeds["input_ids"][:, :length], "eot_index": part.feeds["eot_index"]}
+            cut = {name: array[:, :length] if name in _STATES else array for name, array in part.expected.items()}
+            trimmed = {name: array[:, :length] if array.ndim > 1 else array for name, array in part.feeds.items()}
             made.append(Case(title=part.title, feeds=trimmed, expected=cut))
     # Trimming is exact only if no token after the end can change what is pooled.
     after = np.arange(context_length) > end[:, None]
     changed = np.where(after, (feeds["input_ids"] + 1) % 7, feeds["input_ids"]).astype(np.int32)
-    pooled = {name: array for name, array in expected.items() if name != "hidden_states"}
+    pooled = {name: array for name, array in expected.items() if name not in _STATES}
     return [*made, Case(title="other tokens after the end", feeds={**feeds, "input_ids": changed}, expected=pooled)]
 
 

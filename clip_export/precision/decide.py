@@ -133,6 +133,8 @@ class _Judge:
         name = str(node.name)
         if in_scopes(name, self.keep):
             return "asked"
+        if any(value.is_graph_input() for value in float_inputs(node)):
+            return "operator"  # what a user gives has no range that could have been measured
         known = node.op_type in ELEMENTWISE or node.op_type in PRODUCTS or node.op_type in MOVES
         return None if known else "operator"
 

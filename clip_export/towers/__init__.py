@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from clip_export.errors import UnsupportedModelError
 from clip_export.spec import ModelSpec, Tower
 from clip_export.towers.image import ImageTower, fold_pixels
-from clip_export.towers.text import TextTower
+from clip_export.towers.text import ContextTower, TextTower
 
 OUTPUTS = ("embedding", "pooled", "hidden_states")
+CONTEXT_OUTPUTS = (*OUTPUTS, "raw_states")
 
-__all__ = ["OUTPUTS", "ImageTower", "TextTower", "check_outputs", "make_tower"]
+__all__ = ["CONTEXT_OUTPUTS", "OUTPUTS", "ContextTower", "ImageTower", "TextTower", "check_outputs", "make_tower"]
 
 
 def check_outputs(spec: ModelSpec, tower: Tower, outputs: Sequence[str] | None) -> tuple[str, ...]:
@@ -24,6 +25,11 @@ def check_outputs(spec: ModelSpec, tower: Tower, outputs: Sequence[str] | None) 
     """
     tower_spec = spec.text if tower == "text" else spec.image
     assert tower_spec is not None
+    if tower == "text" and spec.context is not None:
+        if outputs is not None:
+            message = "a text tower that gives Context has all outputs, and some were asked for"
+            raise UnsupportedModelError(message, hint="leave out --outputs, or --context")
+        return CONTEXT_OUTPUTS if tower_spec.embedding_dim is not None else CONTEXT_OUTPUTS[1:]
     if outputs is None:
         return ("embedding",) if tower_spec.embedding_dim is not None else ("pooled", "hidden_states")
     unknown = sorted(set(outputs) - set(OUTPUTS))
@@ -48,7 +54,7 @@ def make_tower(spec: ModelSpec, tower: Tower, weights: Mapping[str, Tensor], out
         module: nn.Module
         if tower == "text":
             assert spec.text is not None
-            module = TextTower(spec.text, outputs)
+            module = (TextTower if spec.context is None else ContextTower)(spec.text, outputs)
         else:
             assert spec.image is not None
             module = ImageTower(spec.image, outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn, zeros
 
 from clip_export.spec import TextSpec
@@ -44,6 +45,39 @@ class TextTower(nn.Module):
         else:
             pooled = self.final_norm(self.blocks(states, end_of_text))
         results["pooled"] = pooled.squeeze(1)
+        if "embedding" in self.outputs:
+            results["embedding"] = self.projection(pooled).squeeze(1)
+        return tuple(results[name] for name in self.outputs)
+
+
+class ContextTower(TextTower):
+    """The text tower for a diffusion model: the states of any layer, chosen for each text when it is run.
+
+    `outputs` are among those of TextTower and raw_states.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, eot_index: Tensor, layer: Tensor, attention_mask: Tensor, inputs_embeds: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Encode `input_ids` as TextTower does, with what context_inputs.py says of the other inputs.
+
+        Returns float32: hidden_states [batch, sequence, width] of `layer`, after the final LayerNorm, raw_states the
+        same before it; pooled and embedding of the last layer whatever `layer` is.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        earlier = positions[None, :] <= positions[:, None]
+        visible = earlier[None, None] & (attention_mask != 0)[:, None, None, :]
+        known = input_ids >= 0
+        tokens = self.token_embedding(torch.where(known, input_ids, 0))
+        embedded = torch.where(known[:, :, None], tokens, inputs_embeds)
+        states = chosen = embedded + self.positional_embedding[: input_ids.shape[1]]
+        for number, block in enumerate(self.blocks, start=1):
+            states = block(states, visible=visible)
+            wanted = layer == len(self.blocks) - number
+            chosen = torch.where(wanted[:, None, None], states, chosen)
+        index = eot_index.long()[:, None, None].expand(-1, 1, states.shape[2])
+        pooled = self.final_norm(states.gather(1, index))
+        results = {"hidden_states": self.final_norm(chosen), "raw_states": chosen, "pooled": pooled.squeeze(1)}
         if "embedding" in self.outputs:
             results["embedding"] = self.projection(pooled).squeeze(1)
         return tuple(results[name] for name in self.outputs)

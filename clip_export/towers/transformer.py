@@ -36,11 +36,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(spec.width, 3 * spec.width)
         self.out = nn.Linear(spec.width, spec.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, sequence, width] to the same shape."""
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """[batch, sequence, width] to the same shape. `visible`, bool [batch, 1, sequence, sequence], stands for the
+        causal flag where some positions are hidden besides: true where a row's position sees a column's."""
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
         # A flag, never a mask tensor: fused kernels skip the upper triangle, and it keeps the sequence axis dynamic.
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        causal = self.causal and visible is None
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
         return mixed.transpose(1, 2).flatten(2)
 
 
@@ -67,9 +69,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(spec.width, eps=spec.layer_norm_eps)
         self.mlp = MLP(spec)
 
-    def forward(self, x: Tensor, select: Select | None = None) -> Tensor:
+    def forward(self, x: Tensor, select: Select | None = None, visible: Tensor | None = None) -> Tensor:
         """[batch, sequence, width] to the same shape, or to [batch, 1, width] of the position that `select` picks."""
-        mixed = self.attention(self.norm1(x))
+        mixed = self.attention(self.norm1(x), visible)
         if select is not None:
             x, mixed = select(x), select(mixed)
         x = x + self.attention.out(mixed)

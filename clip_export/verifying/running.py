@@ -11,8 +11,9 @@ from typing import Any
 from clip_export.benching.machine import describe
 from clip_export.bundle import Bundle
 from clip_export.errors import BackendError
+from clip_export.manifest import SECOND
 from clip_export.progress import Progress, silent
-from clip_export.verification import Run, find_runs, lowered, missed
+from clip_export.verification import Run, find_runs, lowered, missed, of_second
 from clip_export.verifying.asked import Asked
 from clip_export.verifying.results import EngineRun, Verification
 from clip_export.verifying.work import Work
@@ -39,6 +40,36 @@ def verify(
     """
     asked = dataclasses.replace(asked or Asked(), **more)
     bundle = path if isinstance(path, Bundle) else Bundle.open(path)
+    found, second = _verify_one(bundle, asked, progress), bundle.second
+    if second is None:
+        return found
+    own = dataclasses.replace(asked, against=None, pairs=None, index=None, inputs=None)  # asked of both together
+    return _with_second(found, _verify_one(second, own, progress))
+
+
+def _with_second(found: Verification, second: Verification) -> Verification:
+    """One of a bundle and of that of its second text encoder, whose outputs and checks are named text_2/…."""
+    runs = [
+        dataclasses.replace(
+            run,
+            rows=tuple(of_second(run.rows)),
+            checks=tuple(dataclasses.replace(check, name=f"{SECOND}/{check.name}") for check in run.checks),
+        )
+        for run in second.runs
+    ]
+    return dataclasses.replace(
+        found,
+        runs=(*found.runs, *runs),
+        missed={
+            name: (*found.missed.get(name, ()), *second.missed.get(name, ()))
+            for name in {**found.missed, **second.missed}
+        },
+        unmeasured=tuple(dict.fromkeys((*found.unmeasured, *second.unmeasured))),
+        notes=tuple(dict.fromkeys((*found.notes, *second.notes))),
+    )
+
+
+def _verify_one(bundle: Bundle, asked: Asked, progress: Progress) -> Verification:
     runs, notes, unmeasured = find_runs(bundle, asked.backend, asked.device, asked.precision)
     work = Work.prepare(bundle, asked, progress)
     found = list[EngineRun]()
