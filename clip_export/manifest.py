@@ -297,7 +297,7 @@ def _check_schema_version(found: object) -> None:
         raise BundleSchemaError(_printable(message), hint="this is not the manifest of a bundle")
     if found > SCHEMA_VERSION:
         message = f"schema {found} was written by a newer clip-export; this one reads up to {SCHEMA_VERSION}"
-        raise BundleSchemaError(message, hint="upgrade clip-export: pip install -U clip-export")
+        raise BundleSchemaError(message, hint="update clip-export: pull its repository, and install from it again")
 
 
 def _check_digest(data: bytes) -> None:

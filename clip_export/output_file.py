@@ -91,5 +91,9 @@ def _check_place(target: Path) -> None:
             raise OutputError(message, hint="choose a place outside the bundle")
     if target.is_dir():
         raise OutputError(f"{target} is a directory, expected the name of a file", hint="add a file name to it")
+    if target.exists() and not target.is_file():
+        raise OutputError(
+            f"{target} is no regular file, and would be replaced by one", hint="write to a file: -o OUT, beside it"
+        )
     if not target.parent.is_dir():
         raise OutputError(f"there is no directory {target.parent}", hint=f"create it first: mkdir -p {target.parent}")

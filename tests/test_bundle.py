@@ -622,7 +622,7 @@ def test_a_newer_schema_says_how_to_upgrade(bundle: Path) -> None:
     rewrite(bundle, schema_version=5, something_new={})
     with pytest.raises(BundleSchemaError) as raised:
         Bundle.open(bundle)
-    assert raised.value.hint == "upgrade clip-export: pip install -U clip-export"
+    assert raised.value.hint == "update clip-export: pull its repository, and install from it again"
 
 
 def test_bytes_that_are_no_text(bundle: Path) -> None:

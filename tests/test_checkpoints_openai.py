@@ -344,8 +344,8 @@ def test_resnets_are_named(tmp_path: Path) -> None:
             "the names are Hugging Face's",
             "put its config.json beside it",
         ),
-        ("cond_stage_model.transformer.text_model.x", "the names are Hugging Face's|Stable Diffusion", "config|folder"),
-        ("conditioner.embedders.1.model.ln_final.bias", "Stable Diffusion XL's single file", "text_encoder folder"),
+        ("cond_stage_model.transformer.text_model.x", "Stable Diffusion's single file", "--context"),
+        ("conditioner.embedders.1.model.ln_final.bias", "Stable Diffusion XL's single file", "--context"),
         ("fc.weight", "expected OpenAI's names, such as visual.conv1.weight and logit_scale; found fc.weight", ""),
     ],
 )

@@ -91,9 +91,9 @@ def _ranges(ranges: LayerRanges) -> list[tuple[str, str]]:
     rows = [("worst layer", ranges.layer)]
     if not math.isnan(ranges.input):
         rows.append(("reads", f"up to {ranges.input:.4g}, its median channel up to {ranges.typical_input:.4g}"))
-    rows.append(("gives", f"up to {ranges.output:.4g}"))
-    if ranges.held is not None:
-        rows.append(("can hold", f"up to {ranges.held:.4g}"))
+    # In 8 bits that is of what it reads, in half of what it gives.
+    held = [] if ranges.held is None else [("can hold", f"up to {ranges.held:.4g}")]
     if ranges.step is not None:
-        rows.append(("8-bit step", f"{ranges.step:.4g}; {ranges.clipped:.2%} of what it reads is clipped"))
+        rows += [*held, ("8-bit step", f"{ranges.step:.4g}; {ranges.clipped:.2%} of what it reads is clipped")]
+    rows += [("gives", f"up to {ranges.output:.4g}"), *(held if ranges.step is None else [])]
     return rows

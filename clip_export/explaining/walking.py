@@ -93,7 +93,8 @@ def _precision(bundle: Bundle, precision: str | None, against: str | None) -> st
     others = [name for name in bundle.manifest.variants if name != FP32]
     if precision is None and against is None and len(others) != 1:
         held = ", ".join(others) or "none beside fp32, which is the reference"
-        hint = "choose one with --precision, or compare fp32 with its checkpoint: --against CHECKPOINT"
+        choose = "choose one with --precision" if others else "add one: clip-export build BUNDLE --precision fp16"
+        hint = f"{choose}; or compare fp32 with its checkpoint: --against CHECKPOINT"
         raise InputError(f"expected a precision to explain, the bundle has {held}", hint=hint)
     chosen = precision or (others[0] if against is None else FP32)
     if chosen == FP32 and against is None:
