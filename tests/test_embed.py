@@ -29,6 +29,7 @@ from clip_export.embedding_file import embedding_file, rows_path
 from clip_export.encoder import Encoder
 from clip_export.errors import ImageError, InputError, MissingDependencyError, OutputError, TextError
 from clip_export.inputs import count_lines, find_images, image_suffixes, read_lines
+from clip_export.output_file import staged_file
 
 LONG = "a very long caption " * 100
 PHOTOGRAPHS = [pictures.PHOTOGRAPHS[name] for name in ("chelsea", "coffee", "camera", "china", "flower")]
@@ -411,3 +412,11 @@ def test_suffixes_are_of_formats_that_open(tmp_path: Path) -> None:
         Image.new(mode, (64, 64)).save(buffer, format_)
         with Image.open(io.BytesIO(buffer.getvalue())) as image:
             image.load()
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """As root, a rename would put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(OutputError, match=r"pipe\.npy is no regular file"), staged_file(tmp_path / "pipe.npy"):
+        pass
+    assert (tmp_path / "pipe.npy").is_fifo()
