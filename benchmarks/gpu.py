@@ -172,7 +172,7 @@ def _contestants(checkpoint: Path, bundle: Path, spec: ModelSpec, settings: Sett
     for name, why in found.left_out.items():
         _say(f"left out: {name}: {why}")
     for name, verified in found.verified.items():
-        for row in verified["rows"]:
+        for row in (row for run in verified["runs"] for row in run["rows"]):
             kept = "keeps" if row["passed"] else "BREAKS"
             _say(f"{name}: {row['tower']} {kept} the contract, min cosine {row['min_cosine']:.6f}")
     return found

@@ -40,7 +40,7 @@ def print_plans(bundle: Bundle) -> None:
 def print_agreement(bundle: Bundle) -> None:
     print("\n| precision | tower | engine | min cosine | required | parts kept fp32 |\n|---|---|---|---|---|---|")
     precisions = bundle.report().get("precisions", {})
-    for row in clip_export.verify(bundle).rows:
+    for row in clip_export.verify(bundle, hostile=False).rows:
         made = precisions.get(row.precision, {}).get("towers", {}).get(row.tower, {})
         kept = len(made.get("kept", ())) + len(made.get("refined", ()))
         cells = (row.precision, row.tower, row.engine, f"{row.min_cosine:.7f}", row.required_cosine, kept)

@@ -66,7 +66,7 @@ def linked(source: Path, target: Path, *, without: str | None = None) -> Path:
 
 
 def test_the_registry_is_the_package() -> None:
-    assert checkpoints.formats() == ["demo", "huggingface", "open_clip", "openai"]
+    assert checkpoints.formats() == ["demo", "huggingface", "open_clip", "openai", "stable_diffusion"]
     for name in checkpoints.formats():
         module = importlib.import_module(f"clip_export.checkpoints.{name}")
         assert callable(module.claims) and callable(module.read) and isinstance(module.EXPECTS, str)
