@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from cpp_made import BUILD, Cpp, CppClip, CppError, build
 import clip_export
 from clip_export.bundle import Bundle
 from clip_export.errors import BundleError
+from clip_export.spec import ContextSpec, Family
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import random_checkpoint
@@ -117,6 +119,7 @@ def test_bundles_that_are_refused_say_what_python_says(cpp: Cpp, tmp_path: Path)
         changed("stranger.txt", b"x"),
         changed("manifest.json", b"[]"),
         changed("manifest.json", b'{"schema_version": 9}'),
+        changed("manifest.json", b'{"schema_version": 5}'),
     ]
     for folder in folders:
         with pytest.raises(BundleError) as expected:
@@ -124,6 +127,30 @@ def test_bundles_that_are_refused_say_what_python_says(cpp: Cpp, tmp_path: Path)
         with pytest.raises(CppError) as raised:
             cpp.open(folder)
         assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("family", ["clip", "sdxl"])
+def test_bundles_of_context_are_refused(cpp: Cpp, tmp_path: Path, family: Family) -> None:
+    """Their text graphs take other inputs: one sentence says so, and what to do instead."""
+    context = ContextSpec(family=family)
+    bundles_made.fill(tmp_path, spec=dataclasses.replace(bundles_made.SPEC, context=context))
+    assert Bundle.open(tmp_path).spec.context == context
+    with pytest.raises(CppError, match=r"is a bundle of Context, which .*\nhint: use it from Python") as raised:
+        cpp.open(tmp_path)
+    assert raised.value.code == 10
+
+
+def test_a_second_encoder_has_to_be_listed(cpp: Cpp, tmp_path: Path) -> None:
+    """As Python has it, in Python's words."""
+    bundles_made.fill(tmp_path)
+    spec = bundles_made.plain(tmp_path)["spec"]
+    spec["context"] = {"family": "sdxl", "missing_blocks": 0, "second": True, "zero_negative": True}
+    bundles_made.rewrite(tmp_path, spec=spec)
+    with pytest.raises(BundleError, match=r"text_2/manifest.json.* should be listed and is not") as expected:
+        Bundle.open(tmp_path)
+    with pytest.raises(CppError) as raised:
+        cpp.open(tmp_path)
+    assert str(raised.value) == str(expected.value)
 
 
 def test_a_tower_that_is_not_there(cpp: Cpp, image_bundle: Path) -> None:

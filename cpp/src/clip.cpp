@@ -162,6 +162,10 @@ Clip Clip::open(const std::filesystem::path &path, const Options &given) {
     if (!options.warn) options.warn = to_stderr;
     if (!options.backend.empty()) backend_named(options.backend); // before anything that takes long
     Bundle bundle = Bundle::open(path, options.check_files);
+    if (bundle.spec().context) {
+        throw BundleError(bundle.path().string() + " is a bundle of Context, which this C++ runtime does not compute",
+                          "use it from Python: clip_export.load(BUNDLE).context(PROMPTS), or build one without --context");
+    }
     Choice choice = choose(bundle, options);
     auto contract = bundle.manifest().contracts.find(choice.precision);
     if (contract != bundle.manifest().contracts.end() && !contract->second.missed.empty()) {
