@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref, c_char_p, c_float, c_size_t, c_void_p
 from pathlib import Path
 
 import bundles_made
@@ -17,7 +19,8 @@ from cpp_made import BUILD, Cpp, CppClip, CppError, build
 
 import clip_export
 from clip_export.bundle import Bundle
-from clip_export.errors import BundleError
+from clip_export.errors import BundleError, BundleSchemaError
+from clip_export.spec import ContextSpec, Family
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import random_checkpoint
@@ -117,6 +120,12 @@ def test_bundles_that_are_refused_say_what_python_says(cpp: Cpp, tmp_path: Path)
         changed("stranger.txt", b"x"),
         changed("manifest.json", b"[]"),
         changed("manifest.json", b'{"schema_version": 9}'),
+        changed("manifest.json", b'{"schema_version": 5}'),
+        changed("manifest.json", b'{"schema_version": NaN}'),
+        changed("manifest.json", b'{"schema_version": -Infinity}'),
+        changed("manifest.json", b'{"schema_version": 1e999}'),
+        changed("manifest.json", b'{"schema_version": ' + b"9" * 400 + b"}"),
+        changed("manifest.json", b'{"it\'s": 1, "it\'s": 2}'),
     ]
     for folder in folders:
         with pytest.raises(BundleError) as expected:
@@ -124,6 +133,45 @@ def test_bundles_that_are_refused_say_what_python_says(cpp: Cpp, tmp_path: Path)
         with pytest.raises(CppError) as raised:
             cpp.open(folder)
         assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a": "\xff"}', b'{"a": "\\ud800"}', b"[" * 3000, b"{", b"[1,]", b'{"a": 1} x', b""]
+)
+def test_what_is_no_json_is_said_in_our_words(cpp: Cpp, tmp_path: Path, data: bytes) -> None:
+    """Python's parser and this one count differently; neither one's own words reach the reader of a C++ program."""
+    bundles_made.fill(tmp_path)
+    bundles_made.put(tmp_path / "manifest.json", data)
+    with pytest.raises(BundleSchemaError):
+        Bundle.open(tmp_path)
+    with pytest.raises(CppError, match=r"manifest\.json is not valid JSON: ") as raised:
+        cpp.open(tmp_path)
+    assert raised.value.code == 12
+    assert "exception" not in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ["clip", "sdxl"])
+def test_bundles_of_context_are_refused(cpp: Cpp, tmp_path: Path, family: Family) -> None:
+    """Their text graphs take other inputs: one sentence says so, and what to do instead."""
+    context = ContextSpec(family=family)
+    bundles_made.fill(tmp_path, spec=dataclasses.replace(bundles_made.SPEC, context=context))
+    assert Bundle.open(tmp_path).spec.context == context
+    with pytest.raises(CppError, match=r"is a bundle of Context, which .*\nhint: use it from Python") as raised:
+        cpp.open(tmp_path)
+    assert raised.value.code == 10
+
+
+def test_a_second_encoder_has_to_be_listed(cpp: Cpp, tmp_path: Path) -> None:
+    """As Python has it, in Python's words."""
+    bundles_made.fill(tmp_path)
+    spec = bundles_made.plain(tmp_path)["spec"]
+    spec["context"] = {"family": "sdxl", "missing_blocks": 0, "second": True, "zero_negative": True}
+    bundles_made.rewrite(tmp_path, spec=spec)
+    with pytest.raises(BundleError, match=r"text_2/manifest.json.* should be listed and is not") as expected:
+        Bundle.open(tmp_path)
+    with pytest.raises(CppError) as raised:
+        cpp.open(tmp_path)
+    assert str(raised.value) == str(expected.value)
 
 
 def test_a_tower_that_is_not_there(cpp: Cpp, image_bundle: Path) -> None:
@@ -167,6 +215,73 @@ def test_golden_texts_that_come_out_otherwise(cpp: Cpp, demo_bundle: Path, tmp_p
         bundles_made.rewrite(copy, files=manifest["files"])
         with pytest.raises(CppError, match="other token ids than the build"):
             cpp.open(copy)
+
+
+def _copy_with(demo: Path, folder: Path, *keys: str, value: object) -> Path:
+    """The demo with one more value of its manifest changed, and a right digest."""
+    if not folder.exists():
+        shutil.copytree(demo, folder)
+    plain = bundles_made.plain(folder)
+    place = plain
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    bundles_made.rewrite(folder, **plain)
+    return folder
+
+
+def test_no_path_is_this_directory(cpp: Cpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError, match="is not a bundle") as expected:
+        Bundle.open("")
+    with pytest.raises(CppError) as raised:
+        cpp.call("open", b"", None, byref(c_void_p()))
+    assert (raised.value.code, str(raised.value)) == (11, str(expected.value))
+
+
+def test_sizes_that_the_golden_samples_do_not_have(cpp: Cpp, demo_bundle: Path, tmp_path: Path) -> None:
+    """Room for a batch of such pictures would be 900 GB: it is refused when the bundle is opened, as in Python."""
+    if not cpp.backends:
+        pytest.skip("no backend is compiled in")
+    _copy_with(demo_bundle, tmp_path / "crop", "spec", "image", "image_size", value=100_000)
+    _copy_with(demo_bundle, tmp_path / "crop", "spec", "preprocess", "crop_size", value=100_000)
+    _copy_with(demo_bundle, tmp_path / "length", "spec", "text", "context_length", value=78)
+    _copy_with(demo_bundle, tmp_path / "length", "spec", "tokenizer", "context_length", value=78)
+    _copy_with(demo_bundle, tmp_path / "names", "variants", "fp32", "text", "outputs", value=["pooled"])
+    for name, words in (("crop", "100000"), ("length", "78"), ("names", "text outputs are embedding, not those")):
+        with pytest.raises(BundleError, match=words) as expected:
+            Bundle.open(tmp_path / name).golden()
+        with pytest.raises(CppError) as raised:
+            cpp.open(tmp_path / name)
+        assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("tower", ["text", "image"])
+def test_engines_of_another_width(clip: CppClip, cpp: Cpp, demo_bundle: Path, tmp_path: Path, tower: str) -> None:
+    """C callers make room by `embedding_dim`, so that it is compared with the engine's before any is asked for."""
+    copy = _copy_with(demo_bundle, tmp_path / "bundle", "spec", tower, "embedding_dim", value=64)
+    backend = clip.engine.split(",")[0]
+    with pytest.raises(
+        CppError, match=rf"the {tower} engine gives embedding \[-1, 128\], the manifest says \[-1, 64\]"
+    ):
+        cpp.open(copy, backend=backend)
+
+
+def test_memory_that_there_is_not(clip: CppClip, cpp: Cpp) -> None:
+    """An exception of the standard library is a code and a sentence too."""
+    texts, lengths = (c_char_p * 1)(b"a"), (c_size_t * 1)(1 << 60)
+    with pytest.raises(CppError, match="there is not enough memory for that") as raised:
+        cpp.call("encode_text", clip._handle, texts, lengths, c_size_t(1), 1, -1, byref(c_float()))
+    assert raised.value.code == 1
+
+
+def test_the_example_says_what_it_cannot_read(demo_bundle: Path, cpp: Cpp, tmp_path: Path) -> None:
+    if not cpp.backends:
+        pytest.skip("no backend is compiled in")
+    command = [cpp.folder / "clip_embed", demo_bundle, "--image", tmp_path]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"error: '{tmp_path}' is a directory, expected an image file\n\nhint: pass the files in it\n" in done.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 //     clip_embed BUNDLE [--backend NAME] [--device NAME] [--text TEXT]... [--image FILE]...
 #include <cstdio>
 #include <cstring>
+#include <exception>
 
 #include <clip_export/clip.hpp>
 
@@ -63,6 +64,9 @@ int main(int count, char **arguments) {
     } catch (const clip_export::Error &error) {
         std::fprintf(stderr, "error: %s\n", error.message().c_str());
         if (!error.hint().empty()) std::fprintf(stderr, "\nhint: %s\n", error.hint().c_str());
+        return 1;
+    } catch (const std::exception &error) { // memory, or a file system that fails
+        std::fprintf(stderr, "error: %s\n", error.what());
         return 1;
     }
     return 0;

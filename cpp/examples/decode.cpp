@@ -4,6 +4,7 @@
 #include <csetjmp>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 
@@ -148,6 +149,10 @@ Decoded decode_ppm(const std::string &bytes, const std::string &name) {
 
 Decoded decode(const std::string &path) {
     std::string name = "'" + path + "'";
+    std::error_code ignored;
+    if (std::filesystem::is_directory(path, ignored)) {
+        throw ImageError(name + " is a directory, expected an image file", "pass the files in it");
+    }
     std::ifstream file(path, std::ios::binary);
     if (!file) {
         throw ImageError(name + ": there is no such file", "check the path; it is relative to the current directory");

@@ -49,6 +49,7 @@ using Session = CLIP_EXPORT_ORT(Session);
 using SessionOptions = CLIP_EXPORT_ORT(SessionOptions);
 using MemoryInfo = CLIP_EXPORT_ORT(MemoryInfo);
 using Value = CLIP_EXPORT_ORT(Value);
+using TypeInfo = CLIP_EXPORT_ORT(TypeInfo);
 using ShapeInfo = CLIP_EXPORT_ORT(TensorTypeAndShapeInfo);
 using CudaOptions =
     std::unique_ptr<OrtCUDAProviderOptionsV2, Released<OrtCUDAProviderOptionsV2, &OrtApi::ReleaseCUDAProviderOptions>>;
@@ -135,6 +136,7 @@ class OnnxRuntimeEngine : public Engine {
     }
 
     const std::vector<std::string> &outputs() const override { return outputs_; }
+    Shape output_shape(const std::string &output) const override { return shapes_.at(output); }
 
     std::map<std::string, Array> run(const std::vector<Feed> &feeds) const override {
         try {
@@ -155,7 +157,20 @@ class OnnxRuntimeEngine : public Engine {
             check(api().SessionGetOutputName(session_.get(), i, allocator, &name));
             outputs_.push_back(name);
             check(api().AllocatorFree(allocator, name));
+            shapes_[outputs_.back()] = declared_shape(i);
         }
+    }
+
+    Shape declared_shape(std::size_t output) const {
+        auto type = made<TypeInfo>([&](auto out) { return api().SessionGetOutputTypeInfo(session_.get(), output, out); });
+        const OrtTensorTypeAndShapeInfo *info = nullptr; // owned by `type`
+        std::size_t axes = 0;
+        check(api().CastTypeInfoToTensorInfo(type.get(), &info));
+        if (!info) throw Failure{"an output is no tensor"};
+        check(api().GetDimensionsCount(info, &axes));
+        Shape shape(axes);
+        check(api().GetDimensions(info, shape.data(), axes));
+        return shape;
     }
 
     Value value_of(const Feed &feed) const {
@@ -206,6 +221,7 @@ class OnnxRuntimeEngine : public Engine {
     Session session_;
     MemoryInfo memory_;
     std::vector<std::string> outputs_;
+    std::map<std::string, Shape> shapes_;
 };
 
 std::unique_ptr<Engine> open(const EngineRequest &request) { return std::make_unique<OnnxRuntimeEngine>(request); }

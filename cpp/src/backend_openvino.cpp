@@ -39,6 +39,14 @@ class OpenVinoEngine : public Engine {
 
     const std::vector<std::string> &outputs() const override { return outputs_; }
 
+    Shape output_shape(const std::string &output) const override {
+        ov::PartialShape declared = model_.output(output).get_partial_shape();
+        Shape shape;
+        if (declared.rank().is_dynamic()) return shape;
+        for (const ov::Dimension &size : declared) shape.push_back(size.is_static() ? size.get_length() : -1);
+        return shape;
+    }
+
     std::map<std::string, Array> run(const std::vector<Feed> &feeds) const override {
         try {
             ov::InferRequest request = take();

@@ -75,7 +75,9 @@ fs::file_time_type changed(const fs::path &directory) {
 
 Bundle Bundle::open(const fs::path &path, bool check_files) {
     if (path.string().find('\0') != std::string::npos) throw BundleNotFoundError(path.string() + " does not exist");
-    fs::path directory = fs::absolute(path).lexically_normal();
+    std::error_code error;
+    fs::path directory = fs::absolute(path.empty() ? fs::path(".") : path, error).lexically_normal(); // as Python's Path("")
+    if (error) throw BundleError("cannot read " + path.string() + ": " + error.message());
     if (!directory.has_filename()) directory = directory.parent_path();
     for (int attempt = 0; attempt < attempts; ++attempt) {
         fs::file_time_type before = changed(directory);

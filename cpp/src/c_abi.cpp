@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <new>
 
 #include <clip_export/clip.hpp>
 
@@ -40,6 +41,8 @@ template <typename Work> int guarded(clip_export_message *message, Work work) {
         return CLIP_EXPORT_OK;
     } catch (const Error &error) {
         return failed(static_cast<int>(error.code()), error.what(), message);
+    } catch (const std::bad_alloc &) {
+        return failed(CLIP_EXPORT_ERROR_UNKNOWN, "there is not enough memory for that", message);
     } catch (const std::exception &error) {
         return failed(CLIP_EXPORT_ERROR_UNKNOWN, error.what(), message);
     } catch (...) {
@@ -110,7 +113,7 @@ void copy_tokens(const Tokens &tokens, int32_t *input_ids, int32_t *eot_index) {
 int32_t dim(const clip_export_clip *clip, Tower tower) {
     try {
         return clip && clip->clip.has(tower) ? clip->clip.embedding_dim(tower) : 0;
-    } catch (const Error &) { // a tower without embeddings
+    } catch (const std::exception &) { // a tower without embeddings
         return 0;
     }
 }

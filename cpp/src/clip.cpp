@@ -67,6 +67,7 @@ struct Clip::Parts {
 
     void open_towers();
     void check_golden() const;
+    void check_width(const Engine &engine, Tower tower) const;
     void require_embedding(Tower tower) const;
     int length(const Tokens &tokens, const std::size_t *rows, std::size_t count) const;
     void run(Tower tower, const std::vector<Feed> &feeds, const std::size_t *rows, std::vector<float> &embeddings) const;
@@ -75,8 +76,10 @@ struct Clip::Parts {
 // A tokenizer that makes other ids than that of the build would change embeddings silently. Golden texts that look like
 // mojibake are left out: this tokenizer refuses them.
 void Clip::Parts::check_golden() const {
+    std::string bytes = bundle.read("golden.safetensors");
+    check_golden_shapes(bytes, bundle.manifest());
     if (!tokenizer) return;
-    GoldenTexts golden = read_golden_texts(bundle.read("golden.safetensors"), tokenizer->spec().context_length);
+    GoldenTexts golden = read_golden_texts(bytes, tokenizer->spec().context_length);
     TokenizerOptions strict;
     Tokenizer checking(tokenizer->spec(), bundle.tokenizer_json(), strict);
     for (std::size_t row = 0; row < golden.texts.size(); ++row) {
@@ -116,7 +119,22 @@ void Clip::Parts::open_towers() {
                                            joined(graph.outputs),
                                        rebuild);
         }
+        check_width(*engine, tower);
         engines[tower] = std::move(engine);
+    }
+}
+
+// Callers make room by the spec's embedding_dim, and an engine that writes on the GPU writes what it has.
+void Clip::Parts::check_width(const Engine &engine, Tower tower) const {
+    const auto &dim = tower == Tower::text ? bundle.spec().text->embedding_dim : bundle.spec().image->embedding_dim;
+    for (const std::string &name : engine.outputs()) {
+        if (name != "embedding" && name != "normalized") continue;
+        Shape shape = engine.output_shape(name);
+        bool fits = dim && (shape.empty() || (shape.size() == 2 && (shape[1] == *dim || shape[1] == -1)));
+        if (fits) continue;
+        throw BundleIntegrityError(std::string("the ") + name_of(tower) + " engine gives " + name + " " + text_of(shape) +
+                                       ", the manifest says " + (dim ? "[-1, " + std::to_string(*dim) + "]" : "none"),
+                                   rebuild);
     }
 }
 
@@ -162,6 +180,10 @@ Clip Clip::open(const std::filesystem::path &path, const Options &given) {
     if (!options.warn) options.warn = to_stderr;
     if (!options.backend.empty()) backend_named(options.backend); // before anything that takes long
     Bundle bundle = Bundle::open(path, options.check_files);
+    if (bundle.spec().context) {
+        throw BundleError(bundle.path().string() + " is a bundle of Context, which this C++ runtime does not compute",
+                          "use it from Python: clip_export.load(BUNDLE).context(PROMPTS), or build one without --context");
+    }
     Choice choice = choose(bundle, options);
     auto contract = bundle.manifest().contracts.find(choice.precision);
     if (contract != bundle.manifest().contracts.end() && !contract->second.missed.empty()) {

@@ -47,6 +47,9 @@ class Engine {
 
     virtual const std::vector<std::string> &outputs() const = 0;
 
+    // The shape that an output is declared with, -1 for what varies; empty where nothing is declared.
+    virtual Shape output_shape(const std::string &output) const = 0;
+
     // Arrays by output name. Safe from several threads. Throws BackendError.
     virtual std::map<std::string, Array> run(const std::vector<Feed> &feeds) const = 0;
 

@@ -1,16 +1,21 @@
 #include "golden.hpp"
 
+#include <algorithm>
 #include <cstring>
+#include <optional>
+#include <set>
 
 #include <clip_export/errors.hpp>
 
+#include "files.hpp"
 #include "json.hpp"
+#include "sentences.hpp"
 
 namespace clip_export {
 namespace {
 
-void require_whole(bool condition, const std::string &message) {
-    if (!condition) throw BundleIntegrityError("golden.safetensors: " + message, "build the bundle again");
+void require_whole(bool condition, const std::string &message, const char *hint = "build the bundle again") {
+    if (!condition) throw BundleIntegrityError("golden.safetensors: " + message, hint);
 }
 
 // The tensors of a safetensors file, each found by its name in a JSON head whose length comes first.
@@ -39,9 +44,9 @@ class Tensors {
         bool fits = false;
         try {
             const Json &entry = head_.at(name);
-            from = entry.at("data_offsets").at(0).get<std::uint64_t>();
-            to = entry.at("data_offsets").at(1).get<std::uint64_t>();
-            fits = entry.at("dtype") == dtype;
+            const Json &first = entry.at("data_offsets").at(0), &last = entry.at("data_offsets").at(1);
+            fits = first.is_number_unsigned() && last.is_number_unsigned() && entry.at("dtype") == dtype;
+            if (fits) from = first.get<std::uint64_t>(), to = last.get<std::uint64_t>();
         } catch (const nlohmann::json::exception &) {
             fits = false;
         }
@@ -51,12 +56,68 @@ class Tensors {
         return values;
     }
 
+    // The size of one axis of a tensor that has `axes` of them and as many bytes as they say; none where it is not there.
+    std::optional<std::uint64_t> axis(const std::string &name, const char *dtype, std::size_t axes, std::size_t which) const {
+        if (!has(name)) return std::nullopt;
+        std::uint64_t item = std::string_view(dtype) == "U8" ? 1 : 4, most = data_.size() / item, count = 1, found = 0;
+        bool fits = false;
+        try {
+            const Json &entry = head_.at(name), &shape = entry.at("shape");
+            const Json &first = entry.at("data_offsets").at(0), &last = entry.at("data_offsets").at(1);
+            fits = shape.is_array() && shape.size() == axes && first.is_number_unsigned() && last.is_number_unsigned() &&
+                   entry.at("dtype") == dtype;
+            for (std::size_t i = 0; fits && i < axes; ++i) {
+                fits = shape[i].is_number_unsigned() && shape[i] != 0 && shape[i].get<std::uint64_t>() <= most / count;
+                if (fits) count *= shape[i].get<std::uint64_t>();
+            }
+            if (fits) found = shape[which].get<std::uint64_t>();
+            fits = fits && last.get<std::uint64_t>() - first.get<std::uint64_t>() == count * item;
+        } catch (const nlohmann::json::exception &) {
+            fits = false;
+        }
+        require_whole(fits, name + ": expected " + dtype + " of " + std::to_string(axes) + " axes, and bytes for all of it");
+        return found;
+    }
+
+    // What follows `prefix` in the names that begin with it.
+    std::set<std::string> names(const std::string &prefix) const {
+        std::set<std::string> found;
+        for (const auto &[name, entry] : head_.items()) {
+            if (name.rfind(prefix, 0) == 0) found.insert(name.substr(prefix.size()));
+        }
+        return found;
+    }
+
   private:
     Json head_;
     std::string_view data_;
 };
 
+std::string shown(std::optional<std::uint64_t> size) { return size ? std::to_string(*size) : "None"; }
+
 } // namespace
+
+void check_golden_shapes(std::string_view bytes, const Manifest &manifest) {
+    Tensors tensors(bytes);
+    const ModelSpec &spec = manifest.spec;
+    std::optional<std::uint64_t> length, crop;
+    if (spec.tokenizer) length = spec.tokenizer->context_length;
+    if (spec.preprocess) crop = spec.preprocess->crop_size;
+    auto found_length = tensors.axis("text.input_ids", "I32", 2, 1), found_crop = tensors.axis("image.pixels", "U8", 4, 2);
+    require_whole(length == found_length && crop == found_crop,
+                  "expected context length and crop size (" + shown(length) + ", " + shown(crop) + "), found (" +
+                      shown(found_length) + ", " + shown(found_crop) + ")",
+                  rebuild_hint);
+    for (const auto &[precision, graphs] : manifest.variants) {
+        for (const auto &[tower, graph] : graphs) {
+            std::set<std::string> held = tensors.names(std::string(name_of(tower)) + ".outputs.");
+            require_whole(held == std::set<std::string>(graph.outputs.begin(), graph.outputs.end()),
+                          std::string(name_of(tower)) + " outputs are " + joined({held.begin(), held.end()}) +
+                              ", not those of the graph",
+                          rebuild_hint);
+        }
+    }
+}
 
 GoldenTexts read_golden_texts(std::string_view bytes, int context_length) {
     Tensors tensors(bytes);

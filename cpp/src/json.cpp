@@ -5,6 +5,9 @@
 #include <set>
 #include <vector>
 
+#include "sentences.hpp"
+#include "unicode.hpp"
+
 namespace clip_export {
 namespace {
 
@@ -13,7 +16,7 @@ constexpr std::size_t deepest = 100;
 // Builds the tree by hand, so that depth, duplicates and numbers are seen before anything is kept.
 class Builder : public nlohmann::json_sax<Json> {
   public:
-    explicit Builder(bool strict) : strict_(strict) {}
+    Builder(std::string_view bytes, bool strict) : bytes_(bytes), strict_(strict) {}
     Json root;
 
     bool null() override { return put(nullptr); }
@@ -35,12 +38,27 @@ class Builder : public nlohmann::json_sax<Json> {
     bool end_object() override { return close(); }
     bool end_array() override { return close(); }
     bool key(string_t &name) override {
-        if (!seen_.back().insert(name).second && strict_) throw JsonError("duplicate key '" + name + "'");
+        if (!seen_.back().insert(name).second && strict_) throw JsonError("duplicate key " + repr(name));
         keys_.back() = std::move(name);
         return true;
     }
-    bool parse_error(std::size_t, const std::string &, const nlohmann::detail::exception &error) override {
-        throw JsonError(error.what());
+    // `after` bytes were read, the last of them `token`. In our words: the parser's own change from release to release.
+    bool parse_error(std::size_t after, const std::string &token, const nlohmann::detail::exception &error) override {
+        if (auto at = unicode::decode(bytes_).invalid_at) {
+            throw JsonError("it is not UTF-8: byte " + std::to_string(*at) + " begins no character");
+        }
+        if (error.id == 406) throw JsonError(token.substr(0, 24) + " is out of range");
+        if (after > bytes_.size()) throw JsonError("it ends too early");
+        std::size_t last = after == 0 ? 0 : after - 1;
+        for (std::string_view word : {"NaN", "-Infinity", "Infinity"}) {
+            for (std::size_t back = 0; back < 2 && back <= last; ++back) { // `-I` is read before it is refused
+                if (bytes_.substr(last - back, word.size()) == word) throw JsonError(std::string(word) + " is not a number");
+            }
+        }
+        if (std::string_view(error.what()).find("surrogate") != std::string_view::npos) {
+            throw JsonError("half of a surrogate pair, up to byte " + std::to_string(last));
+        }
+        throw JsonError("byte " + std::to_string(last) + " is not what may stand there");
     }
 
   private:
@@ -81,6 +99,7 @@ class Builder : public nlohmann::json_sax<Json> {
         return true;
     }
 
+    std::string_view bytes_;
     bool strict_;
     std::vector<Json *> open_;
     std::vector<std::set<std::string>> seen_; // the keys so far of each object that is open
@@ -90,7 +109,7 @@ class Builder : public nlohmann::json_sax<Json> {
 } // namespace
 
 Json parse_json(std::string_view bytes, bool strict) {
-    Builder builder(strict);
+    Builder builder(bytes, strict);
     Json::sax_parse(bytes.begin(), bytes.end(), &builder);
     return std::move(builder.root);
 }

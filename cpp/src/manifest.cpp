@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char *rebuild = "build the bundle again, or copy it again from where it came";
 constexpr const char *where_all = "manifest.json";
-constexpr std::int64_t newest_schema = 3;
+constexpr std::int64_t newest_schema = 4, context_since = 4;
 constexpr std::size_t most_plans = 256, most_missed = 16, longest_words = 400;
 const std::string tail_head = ",\n  \"sha256\": \"", tail_end = "\"\n}\n";
 
@@ -127,6 +127,7 @@ void check_files(const Manifest &manifest) {
     }
     std::set<std::string> needed = {"golden.safetensors", "report.json"};
     if (manifest.spec.text) needed.insert("tokenizer.json");
+    if (manifest.spec.context && manifest.spec.context->second) needed.insert("text_2/manifest.json");
     for (const auto &[precision, graphs] : manifest.variants) {
         for (const auto &[tower, its_graph] : graphs) needed.insert(its_graph.file);
     }
@@ -214,6 +215,12 @@ void check_keys(const Json &plain, std::int64_t version) {
         require(!plain.contains(name) || version >= brought_by,
                 std::string(where_all) + ": unknown key " + name + ", which schema " + std::to_string(version) + " has not");
     }
+    auto spec = plain.find("spec");
+    if (spec == plain.end() || !spec->is_object()) return; // said later, by who reads it
+    bool held = spec->contains("context");
+    require(held || version < context_since, std::string(where_all) + ": missing key spec.context");
+    require(!held || version >= context_since,
+            std::string(where_all) + ": unknown key spec.context, which schema " + std::to_string(version) + " has not");
 }
 
 // The Pillow that the build had is the one whose pixels the golden samples hold.

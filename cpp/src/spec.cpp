@@ -101,6 +101,18 @@ PreprocessSpec preprocess(const Json &data, const std::string &where) {
     return spec;
 }
 
+ContextSpec context(const Json &data, const std::string &where) {
+    Fields fields(data, where, {"family", "?missing_blocks", "?second", "?zero_negative"});
+    ContextSpec spec;
+    const char *families[] = {"clip", "sd1", "sd2", "sdxl", "sdxl_refiner", "sd3"};
+    spec.family = families[fields.choice("family", {"clip", "sd1", "sd2", "sdxl", "sdxl_refiner", "sd3"})];
+    std::int64_t missing = fields.has("missing_blocks") ? fields.integer("missing_blocks") : 0;
+    require(0 <= missing && missing < 8, "missing_blocks must be from 0 to 7, found " + std::to_string(missing));
+    spec.second = fields.has("second") && fields.flag("second");
+    if (fields.has("zero_negative")) fields.flag("zero_negative");
+    return spec;
+}
+
 template <typename Read> auto unless_null(const Fields &fields, const char *key, Read read) {
     using Spec = decltype(read(fields.at(key), std::string()));
     return fields.is_null(key) ? std::optional<Spec>() : std::optional<Spec>(read(fields.at(key), fields.where(key)));
@@ -116,7 +128,7 @@ std::vector<Tower> ModelSpec::towers() const {
 }
 
 ModelSpec spec_from_json(const Json &data, const std::string &where) {
-    Fields fields(data, where, {"text", "image", "tokenizer", "preprocess", "?logit_scale", "?logit_bias"});
+    Fields fields(data, where, {"text", "image", "tokenizer", "preprocess", "?logit_scale", "?logit_bias", "?context"});
     ModelSpec spec;
     spec.text = unless_null(fields, "text", text);
     spec.image = unless_null(fields, "image", image);
@@ -124,6 +136,9 @@ ModelSpec spec_from_json(const Json &data, const std::string &where) {
     spec.preprocess = unless_null(fields, "preprocess", preprocess);
     spec.logit_scale = unless_null(fields, "logit_scale", number_of);
     spec.logit_bias = unless_null(fields, "logit_bias", number_of);
+    spec.context = unless_null(fields, "context", context);
+    require(!spec.context || spec.text, "Context comes from a text tower, and there is none");
+    require(!spec.context || spec.text->causal, "Context needs a causal tower");
     require(spec.text || spec.image, "a model needs a text or an image tower");
     require(!spec.logit_scale || (-50 < *spec.logit_scale && *spec.logit_scale < 50),
             "logit_scale is a logarithm, expected within 50, found " + shown(spec.logit_scale.value_or(0)));

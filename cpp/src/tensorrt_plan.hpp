@@ -86,6 +86,7 @@ struct Tensor {
     std::string name;
     nvinfer1::DataType type;
     std::size_t item_bytes;
+    Shape shape; // as declared: -1 for what varies
 };
 
 Shape shape_of(const nvinfer1::Dims &dims) { return Shape(dims.d, dims.d + std::max(dims.nbDims, 0)); }
@@ -182,7 +183,8 @@ void PlanEngine::read_tensors() {
             throw BackendError(name + ": " + tensor + " is of a type that no graph of clip-export has",
                                "build the plan again from the bundle's own graph");
         }
-        (input ? inputs : outputs).push_back({tensor, type, type == nvinfer1::DataType::kUINT8 ? std::size_t{1} : 4});
+        (input ? inputs : outputs).push_back({tensor, type, type == nvinfer1::DataType::kUINT8 ? std::size_t{1} : 4,
+                                    shape_of(engine_->getTensorShape(tensor.c_str()))});
     }
     for (std::int32_t number = 0; number < engine_->getNbOptimizationProfiles(); ++number) {
         Profile profile;

@@ -232,6 +232,12 @@ class TensorRtEngine : public Engine {
     }
 
     const std::vector<std::string> &outputs() const override { return outputs_; }
+    Shape output_shape(const std::string &output) const override {
+        for (const Tensor &tensor : plan_.outputs) {
+            if (tensor.name == output) return tensor.shape;
+        }
+        return {};
+    }
     bool on_device() const override { return true; }
 
     std::map<std::string, Array> run(const std::vector<Feed> &feeds) const override {

@@ -31,6 +31,13 @@ void require_unset(const Json &object, const char *key) {
     throw unreadable(std::string("expected no ") + key + ", found " + found->dump().substr(0, 40));
 }
 
+// JSON has numbers of any size and with fractions: an id is none of those.
+std::int32_t id_of(const Json &value) {
+    bool fits = value.is_number_unsigned() && value.get<std::uint64_t>() <= INT32_MAX;
+    if (!fits) throw unreadable("expected an id from 0 to 2147483647, found " + value.dump(-1, ' ', true).substr(0, 40));
+    return value.get<std::int32_t>();
+}
+
 std::optional<std::int32_t> unknown_id(const Json &model, const std::unordered_map<std::string, std::int32_t> &vocabulary) {
     auto found = model.find("unk_token");
     if (found == model.end() || found->is_null()) return std::nullopt;
@@ -62,7 +69,7 @@ Bpe bpe_of(const Json &model) {
     std::unordered_map<std::string, std::int32_t> vocabulary;
     const Json &symbols = member(model, "vocab");
     vocabulary.reserve(symbols.size());
-    for (const auto &[symbol, id] : symbols.items()) vocabulary.emplace(symbol, id.get<std::int32_t>());
+    for (const auto &[symbol, id] : symbols.items()) vocabulary.emplace(symbol, id_of(id));
     std::optional<std::int32_t> unknown = unknown_id(model, vocabulary);
     const Json &suffix = member(model, "end_of_word_suffix");
     return Bpe(std::move(vocabulary), merges_of(model), suffix.is_null() ? "" : suffix.get<std::string>(), unknown);
@@ -103,7 +110,7 @@ std::vector<AddedToken> added_of(const Json &tree) {
             }
             content = unicode::library_lower(spaced);
         }
-        if (!content.empty()) added.push_back({content, member(token, "id").get<std::int32_t>(), normalized});
+        if (!content.empty()) added.push_back({content, id_of(member(token, "id")), normalized});
     }
     std::stable_sort(added.begin(), added.end(),
                      [](const AddedToken &a, const AddedToken &b) { return a.content.size() > b.content.size(); });
@@ -116,7 +123,7 @@ std::vector<std::int32_t> frame_of(const Json &tree) {
     if (post.is_null()) return {};
     std::string type = member(post, "type").get<std::string>();
     if (type == "RobertaProcessing" || type == "BertProcessing") {
-        return {member(post, "cls").at(1).get<std::int32_t>(), member(post, "sep").at(1).get<std::int32_t>()};
+        return {id_of(member(post, "cls").at(1)), id_of(member(post, "sep").at(1))};
     }
     if (type != "TemplateProcessing") throw unreadable("it has a post-processor " + type.substr(0, 40));
     std::vector<std::int32_t> ids;
@@ -124,7 +131,7 @@ std::vector<std::int32_t> frame_of(const Json &tree) {
         auto special = piece.find("SpecialToken");
         if (special == piece.end()) continue;
         const Json &token = member(post, "special_tokens").at(member(*special, "id").get<std::string>());
-        for (const Json &id : member(token, "ids")) ids.push_back(id.get<std::int32_t>());
+        for (const Json &id : member(token, "ids")) ids.push_back(id_of(id));
     }
     return ids;
 }
@@ -160,8 +167,8 @@ TokenizerFile read_tokenizer_json(std::string_view json, Dialect dialect) {
         return read(tree, dialect);
     } catch (const JsonError &error) {
         throw unreadable(error.what());
-    } catch (const nlohmann::json::exception &error) { // a value of another type than it should have
-        throw unreadable(error.what());
+    } catch (const nlohmann::json::exception &) {
+        throw unreadable("a value in it is of another type than in a tokenizer of CLIP, or missing");
     }
 }
 

@@ -35,10 +35,10 @@ const std::map<std::string, std::string> contents = {
     {"golden.safetensors", "golden"}, {"image.onnx", "a graph"}, {"report.json", "{}"}};
 
 Json manifest() {
-    Json plain = Json::parse(R"({"schema_version": 3, "name": "tiny", "spec": {"text": null, "image": {"transformer":
+    Json plain = Json::parse(R"({"schema_version": 4, "name": "tiny", "spec": {"text": null, "image": {"transformer":
         {"width": 4, "layers": 1, "heads": 1, "mlp_width": 4, "activation": "gelu"}, "image_size": 8, "patch_size": 4,
         "embedding_dim": 4}, "tokenizer": null, "preprocess": {"dialect": "openai", "resize_mode": "shortest",
-        "resize_size": 8, "crop_size": 8, "interpolation": "bicubic", "mean": [0, 0, 0], "std": [1, 1, 1]}},
+        "resize_size": 8, "crop_size": 8, "interpolation": "bicubic", "mean": [0, 0, 0], "std": [1, 1, 1]}, "context": null},
         "provenance": {"format": "x", "name": "x", "files": {}, "versions": {"pillow": "12.3.0"}, "options": {}},
         "variants": {"fp32": {"image": {"file": "image.onnx", "opset": 23, "inputs": ["pixels"],
         "outputs": ["embedding"]}}}, "contracts": {}, "plans": [], "files": {}})");
@@ -109,13 +109,31 @@ TEST(bundle, manifests_that_are_cut_or_changed) {
     CHECK_THROWS(BundleSchemaError, "expected an object, found list", parse_manifest("[]"));
 }
 
+TEST(bundle, older_schemas_are_read) {
+    Json plain = manifest();
+    plain["spec"].erase("context");
+    plain["schema_version"] = 3;
+    CHECK(parse_manifest(sealed(plain)).schema_version == 3);
+    plain.erase("contracts");
+    plain["schema_version"] = 2;
+    CHECK(parse_manifest(sealed(plain)).schema_version == 2);
+    plain.erase("plans");
+    plain["schema_version"] = 1;
+    CHECK(parse_manifest(sealed(plain)).schema_version == 1);
+}
+
 TEST(bundle, manifests_that_lie) {
     auto refused = [](const char *words, auto change) {
         Json plain = manifest();
         change(plain);
         CHECK_THROWS(BundleSchemaError, words, parse_manifest(sealed(plain)));
     };
-    refused("written by a newer clip-export", [](Json &m) { m["schema_version"] = 4; });
+    refused("written by a newer clip-export", [](Json &m) { m["schema_version"] = 5; });
+    refused("missing key spec.context", [](Json &m) { m["spec"].erase("context"); });
+    refused("unknown key spec.context, which schema 3 has not", [](Json &m) { m["schema_version"] = 3; });
+    refused("Context comes from a text tower", [](Json &m) { m["spec"]["context"] = {{"family", "sd1"}}; });
+    refused("'sd9' is not one of clip, sd1", [](Json &m) { m["spec"]["context"] = {{"family", "sd9"}}; });
+    refused("missing_blocks must be from 0 to 7", [](Json &m) { m["spec"]["context"] = {{"family", "sd1"}, {"missing_blocks", 8}}; });
     refused("expected a schema_version of 1 or more, found 'x'", [](Json &m) { m["schema_version"] = "x"; });
     refused("unknown key more", [](Json &m) { m["more"] = 1; });
     refused("missing key provenance", [](Json &m) { m.erase("provenance"); });

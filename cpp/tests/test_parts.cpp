@@ -40,7 +40,16 @@ TEST(parts, json_is_strict) {
     CHECK(parse_json("{\"a\": 1, \"a\": 2}", false)["a"] == 2);
     CHECK_THROWS(JsonError, "duplicate key 'a'", parse_json("{\"a\": 1, \"a\": 2}", true));
     CHECK_THROWS(JsonError, "out of range", parse_json("9223372036854775808", true));
-    CHECK_THROWS(JsonError, "number overflow", parse_json("1e999", true));
+    CHECK_THROWS(JsonError, "1e999 is out of range", parse_json("1e999", true));
+    CHECK_THROWS(JsonError, "999999999999999999999999 is out of range", parse_json(std::string(400, '9'), true));
+    for (std::string word : {"NaN", "Infinity", "-Infinity"}) {
+        CHECK_THROWS(JsonError, word + " is not a number", parse_json("{\"a\": [1, " + word + "]}", true));
+    }
+    CHECK_THROWS(JsonError, "half of a surrogate pair", parse_json("[\"\\ud800\"]", true));
+    CHECK_THROWS(JsonError, "half of a surrogate pair", parse_json("[\"\\udc00\"]", true));
+    CHECK_THROWS(JsonError, "it is not UTF-8: byte 2 begins no character", parse_json("[\"\xff\"]", true));
+    CHECK_THROWS(JsonError, "byte 3 is not what may stand there", parse_json("[1,]", true));
+    CHECK_THROWS(JsonError, "it ends too early", parse_json("[\"a", true));
     CHECK_THROWS(JsonError, "nested too deep", parse_json(std::string(100000, '['), true));
     for (const char *bad : {"", "{", "NaN", "{\"a\": Infinity}", "[1,]", "{} x"}) {
         CHECK_THROWS(JsonError, "", parse_json(bad, true));
@@ -104,4 +113,15 @@ TEST(parts, tokenizer_json_that_is_none) {
                             "{\"model\": {\"type\": \"BPE\", \"vocab\": [], \"merges\": 3, \"end_of_word_suffix\": null}}"}) {
         CHECK_THROWS(SpecError, "the tokenizer JSON cannot be read", Tokenizer(spec, bad));
     }
+}
+
+TEST(parts, tokenizer_ids_that_are_none) {
+    TokenizerSpec spec;
+    for (const char *id : {"1099511627776", "2147483648", "1.5e300", "1.5", "-1", "true", "\"1\"", "18446744073709551615"}) {
+        std::string json = R"({"model": {"type": "BPE", "vocab": {"a": )" + std::string(id) +
+                           R"(}, "merges": [], "end_of_word_suffix": null}, "added_tokens": []})";
+        CHECK_THROWS(SpecError, "expected an id from 0 to 2147483647, found ", Tokenizer(spec, json));
+    }
+    const char *merges = R"({"model": {"type": "BPE", "vocab": {}, "merges": [3], "end_of_word_suffix": null}, "added_tokens": []})";
+    CHECK_THROWS(SpecError, "of another type than in a tokenizer of CLIP", Tokenizer(spec, merges));
 }

@@ -60,6 +60,12 @@ struct PreprocessSpec {
     int pillow = 13; // the major version of Pillow that is matched: 13 resizes tall images in another order than before
 };
 
+// Of which diffusion model the text tower is, in a bundle whose text graph gives Context: only Python runs those.
+struct ContextSpec {
+    std::string family; // clip, sd1, sd2, sdxl, sdxl_refiner, sd3
+    bool second = false; // whether text_2/ holds another encoder
+};
+
 // A tower that the checkpoint does not have is absent, and what serves it is absent with it.
 struct ModelSpec {
     std::optional<TextSpec> text;
@@ -67,6 +73,7 @@ struct ModelSpec {
     std::optional<TokenizerSpec> tokenizer;
     std::optional<PreprocessSpec> preprocess;
     std::optional<double> logit_scale, logit_bias;
+    std::optional<ContextSpec> context;
 
     std::vector<Tower> towers() const; // text first
 };
