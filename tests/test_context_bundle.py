@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from clip_export.bundle import Bundle
 from clip_export.checkpoints import Options
 from clip_export.commands import app
 from clip_export.commands.context import Dialect
-from clip_export.context import dialect_names
+from clip_export.context import _torch_file, dialect_names, read_embeddings
 from clip_export.context.layers import Layer, find_layer
 from clip_export.context_inputs import CONTEXT_INPUTS
 from clip_export.cosine import cosines
@@ -221,7 +223,11 @@ def test_one_layer_has_many_spellings(spelling: str | None, family: Any, layer: 
 
 
 @pytest.mark.parametrize(
-    "value", [2, -2, "2", "-2", "last-", "comfyui:2", "diffusers:-1", "a1111:0", "compel:x", "sd:1", "diffusers:x"]
+    "value",
+    [
+        *(2, -2, "2", "-2", "last-", "comfyui:2", "diffusers:-1", "a1111:0", "compel:x", "sd:1", "diffusers:x"),
+        *("comfyui:-1_0", "a1111:\u0661", "last-\u0661", "comfyui:-\u0661", f"a1111:{'1' * 5000}"),
+    ],
 )
 def test_what_names_no_layer_is_refused(value: object) -> None:
     with pytest.raises(InputError, match="clip_skip") as caught:
@@ -287,7 +293,7 @@ def test_outputs_and_towers_are_settled_by_context(tmp_path: Path) -> None:
 
 
 def save_embedding(path: Path, tensors: Mapping[str, torch.Tensor] | object) -> Path:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         save_file(dict(tensors), path)  # type: ignore[call-overload]
     else:
         torch.save(tensors, path)
@@ -349,6 +355,9 @@ class Harmful:
         ("a.pt", {"x": torch.ones(64), "y": torch.ones(64)}, "expected an embedding of textual inversion.*found x, y"),
         ("a.pt", {"x": Harmful()}, "found .*print, which reading the file would call; it was not read"),
         ("a.safetensors", {"lora_up": torch.ones(2, 64), "lora_down": torch.ones(2, 64)}, "expected an embedding"),
+        ("a.safetensors", {"x.lora_up.weight": torch.ones(2, 64)}, "expected an embedding.*found x.lora_up.weight"),
+        ("A.SAFETENSORS", {"x.lora_A.weight": torch.ones(2, 64)}, "expected an embedding.*found x.lora_A.weight"),
+        ("a.pt", {"x.alpha": torch.ones(64)}, "expected an embedding.*found x.alpha"),
         ("a.safetensors", {"x": torch.ones(2, 64).int()}, "expected floating point vectors, found I32"),
     ],
 )
@@ -360,6 +369,71 @@ def test_files_that_are_no_embedding_of_this_model_are_refused(
         clip.context(["a"], embeddings=[path])
     assert caught.value.hint
     assert "must not run" not in capsys.readouterr().out
+
+
+def test_an_embedding_has_a_name_and_is_a_file(tmp_path: Path) -> None:
+    path = save_embedding(tmp_path / "A.SAFETENSORS", {"x": torch.ones(2, 64)})  # the suffix in either case
+    assert read_embeddings([path])["A"][""].shape == (2, 64)
+    for name in ("", " "):
+        with pytest.raises(InputError, match=r"A.SAFETENSORS has no name"):
+            read_embeddings({name: path})
+    with pytest.raises(InputError, match=f"{tmp_path.name} is no file"):
+        read_embeddings([tmp_path])
+
+
+# Pickles of torch.save, written opcode by opcode
+
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x04tQ"  # of 4 numbers
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def tensor_of(storage: bytes, offset: int, size: int, stride: int) -> bytes:
+    number = b"J" + size.to_bytes(4, "little") + b"\x85"
+    return REBUILD + b"(" + storage + bytes([75, offset]) + number + bytes([75, stride]) + b"\x85tR"
+
+
+def write_pickle(path: Path, value: bytes) -> Path:
+    """An archive of torch.save with 4 numbers, and a dict of "x" to what the opcodes `value` make."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}X\x01\0\0\0x" + value + b"s.")
+        archive.writestr("a/data/0", np.arange(4, dtype=np.float32).tobytes())
+    return path
+
+
+def test_the_pickles_of_these_tests_are_those_of_torch(tmp_path: Path) -> None:
+    path = write_pickle(tmp_path / "a.pt", tensor_of(STORAGE, 1, 3, 1))
+    assert np.array_equal(read_embeddings([path])["a"][""], [[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (tensor_of(STORAGE, 0, 300_000_000, 0), r"a tensor of \[300000000\] has more elements than its 4 numbers"),
+        (tensor_of(STORAGE, 2, 3, 1), r"a tensor of \[3\] does not lie in its 4 numbers"),
+        (tensor_of(tensor_of(STORAGE, 3, 4, 0), 0, 4, 1), "a tensor is made of another tensor"),
+        (b"]r" + (200_000_000).to_bytes(4, "little"), "is no file of torch.save: its pickle counts to 200000000"),
+        (b"]p200000000\n", "is no file of torch.save: its pickle counts to 200000000"),
+        (b"\x8e" + (2**31).to_bytes(8, "little"), "cannot be read as a file of torch.save"),
+        (b"\x96" + (2**31).to_bytes(8, "little"), "cannot be read as a file of torch.save"),
+        (b"X" + (2**21).to_bytes(4, "little") + b"a" * 2**21, "holds too much besides vectors"),
+        (REBUILD + b"}X\x0c\0\0\0__defaults__K\x01\x85sb", "cannot be read as a file of torch.save"),
+        (REBUILD + b"N}X\x0c\0\0\0__defaults__K\x01\x85s\x86b", "cannot be read as a file of torch.save"),
+        (b"ctorch._utils\n_rebuild_parameter\n}X\x01\0\0\0yK\x01sb", "cannot be read as a file of torch.save"),
+    ],
+)
+def test_pickles_take_no_more_than_the_file_is_long_and_change_nothing(
+    tmp_path: Path, value: bytes, message: str
+) -> None:
+    path = write_pickle(tmp_path / "a.pt", value)
+    before = peak_megabytes()
+    with pytest.raises(InputError, match=message):
+        read_embeddings([path])
+    assert peak_megabytes() - before < 200
+    assert not any(hasattr(made, "__dict__") for made in (_torch_file._Tensor(), _torch_file._Parameter()))
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])

@@ -110,5 +110,7 @@ class Unit:
 def finite(weight: float) -> float:
     """`weight`, if it is a number that float32 can hold. Raises InputError otherwise."""
     if not abs(weight) <= _LARGEST:  # NaN is not either
-        raise InputError(f"expected a finite weight in the prompt, found {weight:g}", hint="weights are small numbers, such as 1.2")
+        raise InputError(
+            f"expected a finite weight in the prompt, found {weight:g}", hint="weights are small numbers, such as 1.2"
+        )
     return weight
