@@ -220,6 +220,10 @@ def test_a_ckpt_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.Ca
         (["emb_params"], "an embedding of textual inversion"),
         (["control_model.input_hint_block.0.weight"], "a ControlNet"),
         (["model.diffusion_model.x.weight", "first_stage_model.encoder.x"], "a UNet and a VAE"),
+        (["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.lora_up.weight"], "a LoRA"),
+        (["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"], "a LoRA"),
+        (["conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.alpha"], "a LoRA"),
+        (["embedder.model.visual.conv1.weight", "model.diffusion_model.x"], "a UNet"),
         (["something.else"], "nothing that is known here"),
     ],
 )
@@ -231,6 +235,44 @@ def test_a_file_without_a_text_encoder_says_what_it_holds(tmp_path: Path, keys: 
     ) as caught:
         read(path, CONTEXT)
     assert caught.value.hint
+
+
+def test_a_file_without_weights_says_so(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "file.safetensors")
+    with pytest.raises(UnknownCheckpointError, match="has no text encoder; it holds no weights at all"):
+        read(tmp_path / "file.safetensors", CONTEXT)
+
+
+def test_an_image_encoder_of_unclip_beside_it_does_not_hide_the_text_encoder(tmp_path: Path) -> None:
+    state = diffusion_made.single_file("sd2", encoders_of("sd2"))
+    state |= {
+        "embedder.model.visual.conv1.weight": torch.ones(4, 3, 14, 14),
+        "embedder.model.logit_scale": torch.ones(1),
+    }
+    save_file(state, tmp_path / "unclip.SAFETENSORS")  # the suffix in either case
+    found = read(tmp_path / "unclip.SAFETENSORS", CONTEXT)
+    assert found.spec.context == ContextSpec(family="sd2")
+
+
+@pytest.mark.parametrize("number", ["99999999999", "9999999", "9" * 5000, "90"])
+@pytest.mark.parametrize("layout", ["sd1", "sd2"])
+def test_a_block_with_a_number_out_of_reach_is_refused_at_once(tmp_path: Path, layout: str, number: str) -> None:
+    state = diffusion_made.single_file(layout, encoders_of(layout))
+    prefix = {
+        "sd1": "cond_stage_model.transformer.text_model.encoder.layers.",
+        "sd2": "cond_stage_model.model.transformer.resblocks.",
+    }[layout]
+    save_file({**state, f"{prefix}{number}.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"1 unexpected: block {number[:20]} under cond_stage_model"):
+        read(tmp_path / "model.safetensors", CONTEXT)
+
+
+def test_a_matrix_without_columns_is_misshapen(tmp_path: Path) -> None:
+    state = diffusion_made.single_file("sd1", encoders_of("sd1"))
+    key = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+    save_file({**state, key: torch.ones(77, 0)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"is \[77, 0\], expected 2 axes of at least 1"):
+        read(tmp_path / "model.safetensors", CONTEXT)
 
 
 def test_a_half_of_sdxls_encoders_is_not_enough(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ PARSED: dict[str, Segments] = {
     "(red:much)": [("red:much", 1.1)],
     "(red:-1.5)": [("red", -1.5)],
     "(red:.5)": [("red", 0.5)],
+    "(red: 1.3)(fox:1.2 )": [("red", 1.3), ("fox", 1.2)],  # blanks around a weight, as since 1.6.0
+    "(red:nan)": [("red:nan", 1.1)],
     "a \\\\ b": [("a \\ b", 1.0)],
     "a BREAK b": [("a", 1.0), ("BREAK", -1.0), ("b", 1.0)],
     "BREAKER": [("BREAKER", 1.0)],
@@ -158,13 +160,15 @@ def test_sdxl_takes_the_penultimate_layers_as_they_are_whatever_clip_skip_says(s
     assert close(found.hidden_states[0], expected)
 
 
-def test_an_empty_negative_prompt_of_sdxl_is_zeros_if_all_are_empty(sdxl: tuple[Any, Encoder]) -> None:
+def test_an_empty_negative_prompt_of_sdxl_is_zeros_whatever_the_others_are(sdxl: tuple[Any, Encoder]) -> None:
+    """Its rule is for a whole batch, and its batches are single prompts."""
     _, clip = sdxl
     found = clip.context(["a", "b"], negative=["", ""], dialect="a1111")
     assert found.negative_hidden_states is not None and not found.negative_hidden_states.any()
     assert found.negative_pooled is not None and not found.negative_pooled.any()
     found = clip.context(["a", "b"], negative=["", "blurry"], dialect="a1111")
-    assert found.negative_hidden_states is not None and all(rows.any() for rows in found.negative_hidden_states)
+    assert found.negative_hidden_states is not None
+    assert [bool(rows.any()) for rows in found.negative_hidden_states] == [False, True]
 
 
 def test_openclips_encoders_have_open_clips_tokenizer() -> None:
@@ -186,9 +190,15 @@ def test_openclips_encoders_have_open_clips_tokenizer() -> None:
         ("a [cat:dog:0.5]", r"\[cat:dog:0.5\] changes at a step"),
         ("a [fox:3]", r"\[fox:3\] changes at a step"),
         ("a [[[b]]:2]", r"changes at a step"),
+        ("a [cat:dog:0.5 ]", r"changes at a step"),
+        ("a [cat: 3 ]", r"changes at a step"),
+        ("a [cat:dog:5e-1]", r"changes at a step"),
+        ("a [cat:dog:+.5E2]", r"changes at a step"),
         ("a [cat|dog]", r"\[cat\|dog\] changes with each step"),
         ("a cat AND a dog", "AND in the prompt asks for several Contexts"),
         ("a fox <lora:style:0.8>", "<lora:style:0.8> asks for an extra network"),
+        (f"a (fox:{'9' * 40})", r"expected a finite weight in the prompt, found 1e\+40"),
+        ("(" * 3000 + "fox" + ")" * 3000, "expected a finite weight in the prompt"),
     ],
 )
 def test_what_is_no_one_context_is_refused_by_name(sd1: tuple[Any, Encoder], prompt: str, message: str) -> None:
@@ -196,7 +206,16 @@ def test_what_is_no_one_context_is_refused_by_name(sd1: tuple[Any, Encoder], pro
         sd1[1].context([prompt], dialect="a1111")
 
 
-@pytest.mark.parametrize("prompt", ["\\[cat:dog:0.5\\]", "[a:b]", "(a|b)", "ANDY", "a < b", "a \\<b"])
+@pytest.mark.parametrize("text", ["a cat AND a dog", "a fox <lora:style:0.8>"])
+def test_what_is_looked_for_in_the_prompt_alone_is_text_in_a_negative_one(sd1: tuple[Any, Encoder], text: str) -> None:
+    pipe, clip = sd1
+    found = clip.context(["a fox"], negative=[text], dialect="a1111").negative_hidden_states
+    assert found is not None and close(found[0], expected_chunk(pipe.tokenizer, pipe.text_encoder, [(text, 1.0)]))
+    with pytest.raises(InputError, match="changes at a step"):
+        clip.context(["a fox"], negative=["[cat:dog:0.5]"], dialect="a1111")
+
+
+@pytest.mark.parametrize("prompt", ["\\[cat:dog:0.5\\]", "[a:b]", "[a:b:5e]", "(a|b)", "ANDY", "a < b", "a \\<b"])
 def test_what_only_looks_like_it_is_text(sd1: tuple[Any, Encoder], prompt: str) -> None:
     assert sd1[1].context([prompt], dialect="a1111").chunks == 1
 

@@ -105,6 +105,30 @@ def test_a_weight_that_is_not_finite_is_refused(weight: str) -> None:
         comfyui.parse(f"a (fox:{weight})")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("(a:1e39) cat", "expected a finite weight in the prompt, found 1e\\+39"),
+        ("(" * 901 + "a" + ")" * 901, "expected at most 900 parentheses inside of each other"),
+        ("(" * 100_000 + "a" + ")" * 100_000, "expected at most 900 parentheses inside of each other"),
+        ("a (fox:3e38) " * 6, "the Context of the prompt 'a \\(fox:3e38.*…' is not finite"),
+    ],
+)
+def test_weights_that_leave_no_numbers_are_refused(sd1: tuple[Any, Encoder], prompt: str, message: str) -> None:
+    """3e38 is a float32, and what it makes of states need not be."""
+    table = sd1[1].context(["a"]).hidden_states
+    assert np.isfinite(table).all()
+    with pytest.raises(InputError, match=message):
+        sd1[1].context(["a", prompt], dialect="comfyui")
+    with pytest.raises(InputError, match=message):
+        sd1[1].context(["a"], negative=[prompt], dialect="comfyui")
+
+
+def test_parentheses_nest_far_deeper_than_python_recurses() -> None:
+    assert comfyui.parse("(" * 900 + "a:1.5" + ")" * 900) == [("a", 1.5)]
+    assert comfyui.parse("(" * 300 + "a" + ")" * 300 + "b")[0][1] == pytest.approx(1.1**300)
+
+
 # States
 
 WEIGHTED: dict[str, list[Segments]] = {
@@ -225,6 +249,8 @@ def with_vectors(pipe: Any, parts: Sequence[str | np.ndarray]) -> np.ndarray:
         ("a (embedding:toy:1.0) fox", ["a", "toy", "fox"]),
         ("a embedding:toy[x] fox", ["a", "toy", "[x] fox"]),
         ("nembedding:toy fox", ["nembedding:toy fox"]),  # it has to begin a word
+        ("a\nembedding:toy fox", ["a", "toy", "fox"]),
+        ("a\tembedding:toy fox", ["a\tembedding:toy fox"]),  # behind a space or a new line, and no other blank
     ],
 )
 def test_an_embedding_stands_where_it_is_named(
@@ -246,5 +272,6 @@ def test_an_embedding_that_is_not_there_is_left_out_with_a_warning(sd1: tuple[An
     with pytest.warns(UserWarning, match="no embedding is called 'dog', and ComfyUI leaves it out; given are: toy"):
         found = clip.context(["a embedding:dog fox"], dialect="comfyui", embeddings=[path])
     assert close(found.hidden_states, clip.context(["a fox"], dialect="comfyui").hidden_states)
-    # Without embeddings the words are text, as in a ComfyUI without a folder of them.
-    assert not close(clip.context(["a embedding:dog fox"], dialect="comfyui").hidden_states, found.hidden_states)
+    with pytest.warns(UserWarning, match="no embedding is called 'dog', and ComfyUI leaves it out; given are: none"):
+        found = clip.context(["a embedding:dog fox"], dialect="comfyui")
+    assert close(found.hidden_states, clip.context(["a fox"], dialect="comfyui").hidden_states)

@@ -96,10 +96,23 @@ def test_comfyuis_nodes_give_conditioning(clip: Encoder, tmp_path: Path, monkeyp
     assert np.array_equal(extra["pooled_output"].numpy(), expected.pooled)
     # Embeddings come from ComfyUI's own folder; those that are not named are not even read.
     torch.save({"x": torch.ones(128)}, tmp_path / "toy.pt")
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    torch.save({"x": torch.zeros(128)}, tmp_path / "sub" / "deep" / "other.pt")
+    torch.save({"x": torch.zeros(128)}, tmp_path / "sub" / "toy.pt")
     (tmp_path / "broken.pt").write_bytes(b"nothing")
     module = types.ModuleType("folder_paths")
     module.get_folder_paths = lambda kind: [str(tmp_path)] if kind == "embeddings" else []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "folder_paths", module)
     (((states, _),),) = node.encode(clip, "a embedding:toy fox", "comfyui", 0)
     expected = clip.context(["a embedding:toy fox"], dialect="comfyui", embeddings=[tmp_path / "toy.pt"])
+    assert np.array_equal(states.numpy(), expected.hidden_states)
+    zeros = clip.context(
+        ["a embedding:x fox"], dialect="comfyui", embeddings={"x": tmp_path / "sub" / "toy.pt"}
+    ).hidden_states
+    assert not np.array_equal(zeros, expected.hidden_states)
+    for name in ("sub/toy", "sub/toy.pt", "other", "deep/other", "sub/deep/other.pt"):
+        (((states, _),),) = node.encode(clip, f"a embedding:{name} fox", "comfyui", 0)
+        assert np.array_equal(states.numpy(), zeros), name
+    (((states, _),),) = node.encode(clip, "a toy fox", "a1111", 0)
+    expected = clip.context(["a toy fox"], dialect="a1111", embeddings=[tmp_path / "toy.pt"])
     assert np.array_equal(states.numpy(), expected.hidden_states)

@@ -228,6 +228,41 @@ def we_read(prompt: str) -> object:
         return "error"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "read"), [("( " * 64 + "a", ("( " * 64 + "a", 1.0)), ("(" * 64 + "a" + ")" * 64, ("a", 1.0))]
+)
+def test_brackets_take_no_time_that_doubles_with_each(prompt: str, read: tuple[str, float]) -> None:
+    """compel's own parser takes seconds for 16 of them."""
+    assert grammar.parse(prompt).prompts == ((read,),)
+
+
+@pytest.mark.parametrize("prompt", ["(" * 3000 + "a" + ")" * 3000, "a " + "(" * 3000])
+def test_too_many_brackets_in_brackets_are_refused(prompt: str) -> None:
+    with pytest.raises(InputError, match="expected at most 64 parentheses inside of each other"):
+        grammar.parse(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a fox" + "+" * 8000, "expected a finite weight in the prompt"),
+        (f"(a fox){'9' * 400}", "expected a finite weight in the prompt, found inf"),
+        (f'("a", "b").blend({"9" * 40}, 1)', "expected a finite weight in the prompt"),
+        ('("a", "b").blend(1, -1)', "add up to 0"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_weights_of_compel_that_leave_no_numbers_are_refused(prompt: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        originals("sd1")[1].context([prompt], dialect="compel")
+
+
+def _read_alike(prompt: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert we_read(prompt) == compel_reads(prompt)
+
+
 PIECES = st.sampled_from(
     [
         *'ab (),.+-=:\\"é',
@@ -237,9 +272,15 @@ PIECES = st.sampled_from(
 )
 
 
-@hypothesis.settings(max_examples=100)
-@hypothesis.given(st.lists(PIECES, max_size=9).map("".join))
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(st.lists(PIECES, max_size=6).map("".join))
 def test_the_grammar_reads_what_compel_reads(prompt: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert we_read(prompt) == compel_reads(prompt)
+    _read_alike(prompt)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.lists(PIECES, max_size=9).map("".join))
+def test_the_grammar_reads_what_compel_reads_in_many_prompts(prompt: str) -> None:
+    """Its parser takes a second for a prompt."""
+    _read_alike(prompt)

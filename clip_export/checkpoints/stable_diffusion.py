@@ -24,7 +24,7 @@ from clip_export.checkpoints import Checkpoint, Options, Source, huggingface, op
 from clip_export.checkpoints._clip import VOCAB_SIZE, clip_tokenizer
 from clip_export.checkpoints._files import base_name, read_json, source
 from clip_export.checkpoints._openai_layout import text_recipes as openai_text_recipes
-from clip_export.checkpoints._tensors import StoredTensor, read_tensors
+from clip_export.checkpoints._tensors import StoredTensor, read_safetensors, read_state_dict
 from clip_export.checkpoints._weights import Recipe, Weights, bind
 from clip_export.errors import CheckpointError, UnknownCheckpointError, UnsupportedModelError, WeightsError
 from clip_export.spec import (
@@ -42,6 +42,7 @@ MODEL_INDEX = "model_index.json"
 EXPECTS = f"a Stable Diffusion .safetensors or .ckpt, or a diffusers folder with {MODEL_INDEX}; both with --context"
 
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_DIGITS = 9  # of a block's number; longer ones are not even made numbers of
 _HEAD_WIDTH = 64  # of every text encoder in the table
 _SD2_BLOCKS_LEFT_OUT = 1  # diffusers' converter drops the last of 24, which Stable Diffusion 2 has no use for
 
@@ -85,6 +86,8 @@ _SINGLE_FILES: tuple[tuple[re.Pattern[str], Family, tuple[_Encoder, ...]], ...] 
     (re.compile(r"cond_stage_model\.transformer\."), "sd1", (_encoder("cond_stage_model.transformer.", _L),)),
     (re.compile(r"cond_stage_model\.model\."), "sd2", (_encoder("cond_stage_model.model.", _H),)),
 )
+# A whole CLIP in OpenAI's names. unCLIP of Stable Diffusion 2 has one of its own, elsewhere.
+_OPENAI_CLIP = re.compile(r"(module\.)?visual\.conv1\.weight")
 # Carries no information here: positions 0, 1, 2, …, the causal mask, and a scale that only similarities need.
 _IGNORED = re.compile(r"(.*\.)?(position_ids|attn_mask|logit_scale)")
 
@@ -96,9 +99,10 @@ _PIPELINES: dict[str, tuple[Family, tuple[str, ...]]] = {
     "LatentConsistencyModel": ("sd1", ("text_encoder",)),
 }
 
+_LORA = "a LoRA"
 # What else people have in files of this kind, by a part of a key.
 _OTHERS = (
-    (re.compile(r"lora_(te|unet|down|up)|\.lora_[AB]\.|lora\.(up|down)|hada_w1|lokr_"), "a LoRA"),
+    (re.compile(r"lora_(te|unet|down|up|[AB])|lora\.(up|down)|hada_w1|lokr_|\.alpha$"), _LORA),
     (re.compile(r"string_to_param|emb_params|^clip_[lg]$"), "an embedding of textual inversion"),
     (re.compile(r"control_model\.|controlnet_cond_embedding|input_hint_block"), "a ControlNet"),
     (
@@ -109,7 +113,7 @@ _OTHERS = (
     (re.compile(r"^encoder\.block\.\d+\.layer\.|^text_encoders\.t5"), "a T5 text encoder"),
 )
 _REMEDIES = {
-    "a LoRA": "a LoRA has no text encoder of its own: merge it into its checkpoint, and build that",
+    _LORA: "a LoRA has no text encoder of its own: merge it into its checkpoint, and build that",
     "an embedding of textual inversion": "give it to context(..., embeddings=…), and build the checkpoint it is for",
 }
 _NO_ENCODER = "name the whole checkpoint, or the pipeline's folder; a UNet or a VAE alone cannot encode a prompt"
@@ -226,13 +230,15 @@ def _joined(encoders: list[Checkpoint], context: ContextSpec, made: Source) -> C
 
 
 def _read_file(path: Path, options: Options) -> Checkpoint:
-    stored = read_tensors([path])
-    if any(key.endswith("visual.conv1.weight") for key in stored):  # a whole CLIP, in OpenAI's names
-        return of_clip(openai.read(path, options))
+    stored = read_safetensors(path) if path.suffix.lower() == ".safetensors" else read_state_dict(path)
+    if _LORA in _held(stored):  # with the names of the text encoder that it changes
+        raise _no_encoder(path, stored)
     found = next(
         ((family, parts) for key, family, parts in _SINGLE_FILES if any(map(key.match, stored))),
         None,
     )
+    if found is None and any(map(_OPENAI_CLIP.fullmatch, stored)):
+        return of_clip(openai.read(path, options))
     if found is None:
         raise _no_encoder(path, stored)
     family, parts = found
@@ -249,7 +255,9 @@ def _read_file(path: Path, options: Options) -> Checkpoint:
 
 def _no_encoder(path: Path, stored: Mapping[str, StoredTensor]) -> UnknownCheckpointError:
     """Says what the file holds instead."""
-    held = [what for pattern, what in _OTHERS if any(map(pattern.search, stored))]
+    if not stored:
+        return UnknownCheckpointError(f"{path.name} has no text encoder; it holds no weights at all", hint=_NO_ENCODER)
+    held = _held(stored)
     keys = list(stored)
     shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     what = " and ".join(held) if held else "nothing that is known here"
@@ -257,6 +265,10 @@ def _no_encoder(path: Path, stored: Mapping[str, StoredTensor]) -> UnknownCheckp
         f"{path.name} has no text encoder; it holds {what} ({shown})",
         hint=next((_REMEDIES[name] for name in held if name in _REMEDIES), _NO_ENCODER),
     )
+
+
+def _held(stored: Mapping[str, StoredTensor]) -> list[str]:
+    return [what for pattern, what in _OTHERS if any(map(pattern.search, stored))]
 
 
 def _file_encoder(part: _Encoder, stored: Mapping[str, StoredTensor], options: Options, made: Source) -> Checkpoint:
@@ -342,11 +354,17 @@ def _shape(stored: Mapping[str, StoredTensor], key: str) -> tuple[int, int]:
         raise WeightsError(f"1 missing: {key}", hint="the file may hold only a part of the text encoder")
     shape = stored[key].shape
     if len(shape) != 2 or min(shape) < 1:
-        raise WeightsError(f"1 misshapen: {key} is {list(shape)}, expected 2 axes")
+        raise WeightsError(f"1 misshapen: {key} is {list(shape)}, expected 2 axes of at least 1")
     return shape[0], shape[1]
 
 
 def _layers(stored: Mapping[str, StoredTensor], prefix: str) -> int:
-    """How many blocks there are under `prefix`; a gap among them shows as missing weights."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return max((int(match[1]) for key in stored if (match := pattern.match(key))), default=-1) + 1
+    """How many blocks there are under `prefix`; a gap among them shows as missing weights.
+
+    Raises WeightsError for a block with a higher number than there are weights, which would be gaps without end.
+    """
+    pattern = re.compile(re.escape(prefix) + r"([0-9]+)\.")
+    numbers = {match[1] for key in stored if (match := pattern.match(key))}
+    if far := [number for number in numbers if len(number) > _DIGITS or int(number) >= len(stored)]:
+        raise WeightsError(f"1 unexpected: block {far[0]:.20} under {prefix}, with {len(stored)} weights in all")
+    return max(map(int, numbers), default=-1) + 1

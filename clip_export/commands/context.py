@@ -45,6 +45,9 @@ def context(
         typer.Option("--output", "-o", metavar="FILE", help="Where it goes (.safetensors).", show_default=False),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="In which precision.", show_default="what is loaded by default")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which backend runs it.", show_default="the best that works here")
     ] = None,
@@ -60,7 +63,7 @@ def context(
     import clip_export
 
     negatives = negative * len(prompts) if negative is not None and len(negative) == 1 else negative
-    with clip_export.load(bundle, backend=backend, device=device) as encoder:
+    with clip_export.load(bundle, backend=backend, device=device, precision=precision) as encoder:
         made = encoder.context(
             prompts, negative=negatives, clip_skip=clip_skip, dialect=dialect, embeddings=embedding or ()
         )

@@ -17,6 +17,8 @@ from clip_export.errors import InputError
 
 __all__ = ["RunRows", "encode_context"]
 
+_SHOWN = 60  # characters of a prompt in an error
+
 # input_ids, eot_index, layer, attention_mask and inputs_embeds of all rows -> outputs by name, in the same order.
 RunRows: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -27,6 +29,7 @@ class _Asked:
 
     prompts: tuple[str | None, ...]
     layer: Layer
+    negative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def encode_context(
         # The pipelines of diffusers skip layers for the prompt alone (encode_prompt).
         own = default_layer(context.family) if dialect == "diffusers" else layer
         kept = tuple(None if zero else text or "" for text, zero in zip(found, zeros, strict=True))
-        asked.append(_Asked(kept, own))
+        asked.append(_Asked(kept, own, negative=True))
     parts = [_encode(unit, run, asked, rules, dialect) for unit, run in zip(units, runs, strict=True)]
     joined = _side_by_side(parts)
     positive, other = joined[0], joined[1] if len(joined) > 1 else None
@@ -106,7 +109,8 @@ def _checked(prompts: object, what: str, *, none: bool = False) -> tuple[str | N
 def _encode(unit: Unit, run: RunRows, asked: Sequence[_Asked], rules: Dialect, dialect: str) -> list[_States]:
     """All prompts through one encoder, in one call: rows that are equal are encoded once."""
     prepared = [
-        [None if prompt is None else rules.prepare(prompt, unit) for prompt in group.prompts] for group in asked
+        [None if prompt is None else rules.prepare(prompt, unit, negative=group.negative) for prompt in group.prompts]
+        for group in asked
     ]
     depths = [unit_depth(group.layer, unit) for group in asked]
     pooled_name = _pooled_output(unit, dialect)
@@ -120,8 +124,22 @@ def _encode(unit: Unit, run: RunRows, asked: Sequence[_Asked], rules: Dialect, d
     made = []
     for group, one_asked, depth in zip(prepared, asked, depths, strict=True):
         states = outputs["hidden_states" if one_asked.layer.normalized else "raw_states"]
-        made.append(_states(group, states, pooled, place=_finder(rows, depth), chunks=chunks, unit=unit))
+        found = _states(group, states, pooled, place=_finder(rows, depth), chunks=chunks, unit=unit)
+        _require_finite(found, one_asked.prompts)
+        made.append(found)
     return made
+
+
+def _require_finite(found: _States, prompts: Sequence[str | None]) -> None:
+    """Raise InputError for a Context with NaN or infinity in it, naming its prompt."""
+    for number, prompt in enumerate(prompts):
+        arrays = (found.hidden_states[number], *([] if found.pooled is None else [found.pooled[number]]))
+        if not all(np.isfinite(array).all() for array in arrays):
+            shown = repr(prompt if prompt is None or len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}…")
+            raise InputError(
+                f"the Context of the prompt {shown} is not finite",
+                hint="lower its weights; without weights, another precision of the bundle",
+            )
 
 
 def _finder(rows: Mapping[tuple[Row, int], int], depth: int) -> Callable[[Row], int]:
@@ -174,7 +192,8 @@ def _states(
     for number, one in enumerate(group):
         if one is None:
             continue
-        own = one.combine([states[place(row)] for row in one.rows])
+        with np.errstate(all="ignore"):  # what comes of it is checked
+            own = one.combine([states[place(row)] for row in one.rows])
         whole[number, : len(own)] = own
         if one.chunks < chunks:
             whole[number, len(own) :] = np.tile(states[place(unit.empty)], (chunks - one.chunks, 1))

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from clip_export.errors import InputError
 __all__ = ["for_encoder", "read_embeddings"]
 
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_LORA = re.compile(r"lora_(te|unet|down|up|[AB])|lora\.(up|down)|hada_w1|lokr_|\.alpha$")
 _KEYS = ("clip_l", "clip_g")  # by the number of the encoder
 _EXPECTED = "an embedding of textual inversion: one tensor, string_to_param, or clip_l and clip_g"
 
@@ -36,6 +38,9 @@ def read_embeddings(
     `files` are named by their stems where no names are given. Raises InputError for a file that holds something else.
     """
     named = files if isinstance(files, Mapping) else {Path(os.fspath(file)).stem: file for file in files}
+    for name, file in named.items():
+        if not name.strip():
+            raise InputError(f"the embedding {os.fspath(file)} has no name", hint="a name is what a prompt has of it")
     return {name: _read(Path(os.fspath(file))) for name, file in named.items()}
 
 
@@ -72,13 +77,16 @@ def for_encoder(
 
 def _read(path: Path) -> dict[str, Floats]:
     if not path.is_file():
-        raise InputError(f"{path} does not exist", hint="name the file of an embedding")
-    held: Mapping[Any, Any] = _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
+        what = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}", hint="name the file of an embedding")
+    held: Mapping[Any, Any] = _safetensors(path) if path.suffix.lower() == ".safetensors" else _pickle(path)
     if "string_to_param" in held:
         held = held["string_to_param"]
         if not isinstance(held, Mapping):
             raise _not_one(path, held)
     tensors = {str(key): value for key, value in held.items() if hasattr(value, "shape")}
+    if any(map(_LORA.search, tensors)):
+        raise _not_one(path, held)
     if set(_KEYS) <= tensors.keys():
         return {key: _vectors(path, tensors[key]) for key in _KEYS}
     if "emb_params" in tensors:

@@ -36,8 +36,9 @@ _COMPEL = {
     "penultimate_hidden_states_normalized": (1, True),
     "penultimate_hidden_states_non_normalized": (1, False),
 }
-_OURS = re.compile(r"last(?:-(\d{1,3}))?|(penultimate)")
+_OURS = re.compile(r"last(?:-([0-9]{1,3}))?|(penultimate)")
 _THEIRS = re.compile(r"(comfyui|diffusers|a1111|compel)[:=](.+)")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,3}")
 _SPELLING = "write last, penultimate or last-2; or a tool's own number with its name: comfyui:-2, diffusers:1, a1111:2"
 
 
@@ -99,10 +100,9 @@ def _theirs(tool: str, value: str, own: Layer, spelling: str) -> Layer:
 
 
 def _number(value: str, spelling: str) -> int:
-    try:
-        return int(value)
-    except ValueError as error:
-        raise InputError(f"clip_skip {spelling!r}: {value!r} is not a whole number", hint=_SPELLING) from error
+    if not _WHOLE.fullmatch(value):
+        raise InputError(f"clip_skip {spelling!r}: {value!r} is not a whole number of a layer", hint=_SPELLING)
+    return int(value)
 
 
 def _require(condition: bool, spelling: str, rule: str) -> None:

@@ -9,9 +9,12 @@ from typing import TypeAlias
 import numpy as np
 
 from clip_export.context.result import Floats
+from clip_export.errors import InputError
 from clip_export.spec import ContextSpec, TextSpec, TokenizerSpec
 
-__all__ = ["Prepared", "Row", "Token", "Unit", "Vector"]
+__all__ = ["Prepared", "Row", "Token", "Unit", "Vector", "finite"]
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +84,15 @@ class Unit:
         filled += [spec.pad_id] * (spec.context_length - len(filled))
         return Row(tuple(filled), self._pooled_at(filled), hidden)
 
+    def weights(self, weights: Sequence[float]) -> Floats:
+        """float32 [77]: those of the tokens behind the start, and 1 elsewhere.
+
+        Raises InputError for one that float32 cannot hold.
+        """
+        spread = np.ones(self.text.context_length, np.float32)
+        spread[1 : 1 + len(weights)] = [finite(weight) for weight in weights]
+        return spread
+
     def row(self, tokens: Sequence[Token]) -> Row:
         """A whole context of `tokens`, pooled at the first end token."""
         return Row(tuple(tokens), list(tokens).index(self.tokenizer.end_id))
@@ -93,3 +105,12 @@ class Unit:
     def _pooled_at(self, tokens: Sequence[Token]) -> int:
         ids = [token.id if isinstance(token, Vector) else token for token in tokens]
         return int(np.argmax(ids)) if self.tokenizer.pooling == "argmax" else ids.index(self.tokenizer.end_id)
+
+
+def finite(weight: float) -> float:
+    """`weight`, if it is a number that float32 can hold. Raises InputError otherwise."""
+    if not abs(weight) <= _LARGEST:  # NaN is not either
+        raise InputError(
+            f"expected a finite weight in the prompt, found {weight:g}", hint="weights are small numbers, such as 1.2"
+        )
+    return weight

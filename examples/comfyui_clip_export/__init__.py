@@ -28,14 +28,25 @@ def _load(path: str, backend: str) -> Encoder:
 
 
 def _embeddings() -> dict[str, Path]:
-    """The files of textual inversion in ComfyUI's folders; none where ComfyUI is not there."""
+    """The files of textual inversion in ComfyUI's folders, by each name that it finds them under; none without it.
+
+    Of folder/sub/toy.pt these are sub/toy.pt, sub/toy, toy.pt and toy: it looks in folders in folders too.
+    """
     try:
         from folder_paths import get_folder_paths
     except ImportError:
         return {}
     folders = [Path(folder) for folder in get_folder_paths("embeddings")]
-    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.rglob("*"))]
-    return {file.stem: file for file in files if file.suffix in _SUFFIXES}
+    named: dict[str, Path] = {}
+    for folder in folders:
+        files = [file for file in folder.rglob("*") if file.suffix in _SUFFIXES] if folder.is_dir() else []
+        for file in sorted(files, key=lambda file: (len(file.parts), _SUFFIXES.index(file.suffix), file)):
+            parts = file.relative_to(folder).parts
+            for start in range(len(parts)):
+                name = "/".join(parts[start:])
+                named.setdefault(name, file)
+                named.setdefault(name.removesuffix(file.suffix), file)
+    return named
 
 
 class LoadBundle:
@@ -80,16 +91,18 @@ class TextEncode:
             [text],
             clip_skip=f"comfyui:{stop_at_clip_layer}" if stop_at_clip_layer else None,
             dialect=dialect,
-            embeddings=_named_in(text) if "embedding:" in text or dialect != "comfyui" else {},
+            embeddings=_named_in(text, dialect),
         )
         pooled = None if context.pooled is None else torch.from_numpy(context.pooled)
         return ([[torch.from_numpy(context.hidden_states), {"pooled_output": pooled}]],)
 
 
-def _named_in(text: str) -> dict[str, Path]:
-    """Only those whose names occur: the others may be of other models."""
+def _named_in(text: str, dialect: str) -> dict[str, Path]:
+    """Only those whose names occur: the others may be of other models. Paths are names to ComfyUI alone."""
+    if dialect == "comfyui":
+        return {name: file for name, file in _embeddings().items() if f"embedding:{name}" in text}
     lowered = text.lower()
-    return {name: file for name, file in _embeddings().items() if name.lower() in lowered}
+    return {name: file for name, file in _embeddings().items() if name == file.stem and name.lower() in lowered}
 
 
 NODE_CLASS_MAPPINGS = {"ClipExportLoadBundle": LoadBundle, "ClipExportTextEncode": TextEncode}

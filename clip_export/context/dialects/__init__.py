@@ -23,8 +23,11 @@ PromptDialect = Literal["diffusers", "comfyui", "a1111", "compel"]
 class Dialect(Protocol):
     """What a module of this package offers."""
 
-    def prepare(self, prompt: str, unit: Unit) -> Prepared:
-        """What to ask of the encoder for `prompt`. Raises InputError for a prompt that the tool cannot read."""
+    def prepare(self, prompt: str, unit: Unit, *, negative: bool = False) -> Prepared:
+        """What to ask of the encoder for `prompt`. Raises InputError for a prompt that the tool cannot read.
+
+        `negative`: it is a negative one, which tools read as any other but where a dialect says so.
+        """
 
     def zeros(self, negatives: Sequence[str | None], context: ContextSpec) -> list[bool]:
         """For each negative prompt, None where none is given, whether its Context is zeros."""

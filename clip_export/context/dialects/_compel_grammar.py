@@ -5,22 +5,28 @@
     ("one prompt", "another").blend(0.7, 0.3)                                    a mean of both
 
 The original is a grammar of pyparsing, in which the first alternative that matches is taken and nothing is tried again;
-so it is here. .swap() and withLora() ask for more than a Context, and are refused by name.
+so it is here. What a bracket begins is asked for by several alternatives, and remembered: otherwise each bracket that
+is never closed would double the time. .swap() and withLora() ask for more than a Context, and are refused by name.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from clip_export.context.dialects._brackets import require_shallow
 from clip_export.errors import InputError
 
 __all__ = ["Blend", "Flat", "Joined", "parse"]
 
 _PLUS, _MINUS = 1.1, 0.9
+_MOST_SIGNS = 7000  # more of them are no float any more; float32, which a weight has to fit into, has ended long before
+_DEEPEST = 64  # brackets in brackets
+_REMEMBERED = 4096  # places of a text
 _SYNTAX = '()",.+-='
 _BLANK = " \n\t\r"  # what may stand between two things
 _REAL = re.compile(r"[+-]?(?:\d+\.\d*|\.\d+)|-?\d+")
@@ -66,6 +72,7 @@ def parse(prompt: str) -> Joined:
 
 
 def _parsed(prompt: str) -> Joined:
+    require_shallow(prompt, _DEEPEST)
     prompt = re.sub(r",(\S)", r", \1", prompt)
     if not prompt.strip():
         return Joined(((("", 1.0),),), (1.0,))
@@ -194,6 +201,7 @@ def _whole_prompt(text: str) -> list[Piece] | None:
     return pieces if _after_blank(text, end) == len(text) else None
 
 
+@functools.lru_cache(_REMEMBERED)
 def _fragment(text: str, place: int) -> tuple[list[Piece], int]:
     """What may stand in brackets or quotes: syntax, words without any, commas and points."""
     pieces: list[Piece] = []
@@ -213,6 +221,7 @@ def _whole_fragment(text: str) -> list[Piece] | None:
     return pieces if _after_blank(text, end) == len(text) else None
 
 
+@functools.lru_cache(_REMEMBERED)
 def _attention(text: str, place: int) -> Found:
     """A target with its weight."""
     if lora := _LORA.match(text, place):
@@ -241,7 +250,7 @@ def _operator(text: str, place: int, *, numbers: bool) -> tuple[float, int] | No
     for symbol, base in (("+", _PLUS), ("-", _MINUS)):
         count = len(text[place:]) - len(text[place:].lstrip(symbol))
         if count:
-            return pow(base, count), place + count
+            return pow(base, min(count, _MOST_SIGNS)), place + count
     match = _REAL.match(text, place) if numbers else None
     return None if match is None else (float(match[0]), match.end())
 
@@ -254,6 +263,7 @@ def _target(text: str, place: int) -> Found:
     return _quoted(text, place) or _parenthesized(text, place) or _word(text, place)
 
 
+@functools.lru_cache(_REMEMBERED)
 def _parenthesized(text: str, place: int) -> Found:
     opened = _literal(text, place, "(")
     if opened is None:

@@ -7,7 +7,8 @@ BREAK ends a chunk. Text of more than 75 tokens goes on in the next chunk, from 
 tokens.
 
 What changes with the sampling step, [a:b:0.5] and [a|b], what combines several Contexts, AND, and extra networks,
-<lora:name:1>, is no Context by itself, and is refused by name.
+<lora:name:1>, is no Context by itself, and is refused by name. In a negative prompt the webui looks for neither of the
+last two: there they are text.
 """
 
 from __future__ import annotations
@@ -31,27 +32,25 @@ Weighted: TypeAlias = tuple[Token, float]
 _FACTORS = {"(": 1.1, "[": 1 / 1.1}
 _BACKTRACK = 20  # tokens: the default of the setting comma_padding_backtrack
 _BREAK: Part = ("BREAK", -1.0)
-# Escapes, brackets, a weight with its closing parenthesis, text, and a colon that begins no weight.
+# Escapes, brackets, a weight with its closing parenthesis, text, and a colon that begins no weight. Blanks around a
+# weight are part of it.
 _LEXER = re.compile(
-    r"""(?P<escape>\\[()\[\]\\]|\\) | (?P<open>[(\[]) | :(?P<weight>[+-]?[.\d]+)\) | (?P<close>[)\]]) """
-    r"""| (?P<text>[^\\()\[\]:]+ | :)""",
+    r"""(?P<escape>\\[()\[\]\\]|\\) | (?P<open>[(\[]) | :\s*(?P<weight>[+-]?[.\d]+)\s*\) """
+    r"""| (?P<close>[)\]]) | (?P<text>[^\\()\[\]:]+ | :)""",
     re.VERBOSE,
 )
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+# What makes square brackets a schedule: a number as lark's grammars have it, with blanks around it.
+_STEP = re.compile(r".*:\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*", re.DOTALL)
 
 
-def prepare(prompt: str, unit: Unit) -> Prepared:
+def prepare(prompt: str, unit: Unit, *, negative: bool = False) -> Prepared:
     """Chunks of 75 tokens, each weighted by itself."""
-    _require_one_context(prompt)
+    _require_one_context(prompt, negative=negative)
     if unit.context.family == "sd3":
         raise InputError("a1111 has no rules for SD 3 here", hint="use diffusers or comfyui")
     chunks = list(_chunks(parse(prompt), unit))
     rows = tuple(_row([token for token, _ in chunk], unit) for chunk in chunks)
-    weights = []
-    for chunk in chunks:
-        ones = np.ones(unit.text.context_length, np.float32)
-        ones[1 : 1 + len(chunk)] = [weight for _, weight in chunk]
-        weights.append(ones)
+    weights = [unit.weights([weight for _, weight in chunk]) for chunk in chunks]
 
     def combine(states: Sequence[Floats]) -> Floats:
         return np.concatenate([_weighted(*pair) for pair in zip(states, weights, strict=True)])
@@ -60,9 +59,11 @@ def prepare(prompt: str, unit: Unit) -> Prepared:
 
 
 def zeros(negatives: Sequence[str | None], context: ContextSpec) -> list[bool]:
-    """Zeros for SDXL where every negative prompt is empty (modules/sd_models_xl.py, get_learned_conditioning)."""
-    every = context.family in ("sdxl", "sdxl_refiner") and not any(negatives)
-    return [every] * len(negatives)
+    """Zeros for SDXL where a negative prompt is empty (modules/sd_models_xl.py, get_learned_conditioning).
+
+    That asks whether all of its batch are, and is called for one prompt at a time (prompt_parser.py).
+    """
+    return [context.family in ("sdxl", "sdxl_refiner") and not negative for negative in negatives]
 
 
 def parse(prompt: str) -> list[Part]:
@@ -124,19 +125,19 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
     return merged or [("", 1.0)]
 
 
-def _require_one_context(prompt: str) -> None:
+def _require_one_context(prompt: str, *, negative: bool) -> None:
     """Raise InputError for what is more than one Context, naming it."""
     plain = re.sub(r"\\.", "  ", prompt)
-    if re.search(r"\bAND\b", plain):
+    if not negative and re.search(r"\bAND\b", plain):
         raise InputError("AND in the prompt asks for several Contexts at once", hint="ask for each by itself")
-    if network := re.search(r"<\w+:[^>]+>", plain):
+    if not negative and (network := re.search(r"<\w+:[^>]+>", plain)):
         raise InputError(f"{network[0]} asks for an extra network, not for a Context", hint="leave it out")
     for inner in _innermost(plain):
         if "|" in inner:
             raise InputError(
                 f"[{inner}] changes with each step, so it is no one Context", hint="ask for each by itself"
             )
-        if re.fullmatch(rf".*:\s*{_NUMBER}", inner, re.DOTALL):
+        if _STEP.fullmatch(inner):
             raise InputError(f"[{inner}] changes at a step, so it is no one Context", hint="ask for each by itself")
 
 

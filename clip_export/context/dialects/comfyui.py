@@ -3,7 +3,7 @@
 (word) weighs 1.1, ((word)) 1.21, (word:1.3) is 1.3 whatever is around it; \\( and \\) are parentheses of the text.
 A weight w moves the states of its tokens along the line from the empty prompt's: empty + w * (states - empty). What
 does not fit into a context goes on in the next one; a segment, the text between two changes of weight, is cut only if
-it has 8 tokens or more. `embedding:name` puts vectors there, if embeddings are given at all.
+it has 8 tokens or more. `embedding:name` puts vectors there; a name that is not given is left out, with a warning.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from clip_export.context.dialects._brackets import require_shallow
 from clip_export.context.result import Floats
 from clip_export.context.units import Prepared, Row, Token, Unit
 from clip_export.errors import InputError
@@ -27,18 +28,17 @@ Weighted: TypeAlias = tuple[Token, float]
 
 _PLUS = 1.1
 _WHOLE_BELOW = 8  # segments of fewer tokens are not cut
+_DEEPEST = 900  # parentheses in parentheses: near where ComfyUI's own recursion ends
 _OPEN, _CLOSE = "\x00\x02", "\x00\x01"  # what stands for an escaped parenthesis until it is tokenized
 _EMBEDDING = "embedding:"
 
 
-def prepare(prompt: str, unit: Unit) -> Prepared:
+def prepare(prompt: str, unit: Unit, *, negative: bool = False) -> Prepared:
     """Chunks of 75 tokens, and the empty prompt where a weight is not 1."""
     segments = [segment for text, weight in parse(prompt) for segment in _segments(text, weight, unit)]
     chunks = list(_chunks(segments, unit))
     rows = [_row(chunk, unit) for chunk in chunks]
-    weights = [np.ones(unit.text.context_length, np.float32) for _ in chunks]
-    for chunk, ones in zip(chunks, weights, strict=True):
-        ones[1 : 1 + len(chunk)] = [weight for _, weight in chunk]
+    weights = [unit.weights([weight for _, weight in chunk]) for chunk in chunks]
     if all(weight == 1.0 for chunk in chunks for _, weight in chunk):
         return Prepared(rows=tuple(rows), combine=np.concatenate, pooled=rows[0], chunks=len(rows))
 
@@ -56,7 +56,9 @@ def zeros(negatives: Sequence[str | None], _context: ContextSpec) -> list[bool]:
 
 def parse(prompt: str) -> list[tuple[str, float]]:
     """Text and weight of each segment, in order; escaped parentheses are still escaped, in a way of our own."""
-    return list(_parsed(prompt.replace("\\)", _CLOSE).replace("\\(", _OPEN), 1.0))
+    text = prompt.replace("\\)", _CLOSE).replace("\\(", _OPEN)
+    require_shallow(text, _DEEPEST)
+    return list(_parsed(text, 1.0))
 
 
 def _weighted(states: Floats, weights: Floats, empty: Floats) -> Floats:
@@ -65,14 +67,19 @@ def _weighted(states: Floats, weights: Floats, empty: Floats) -> Floats:
 
 
 def _parsed(text: str, weight: float) -> Iterator[tuple[str, float]]:
-    for group in _groups(text):
-        if len(group) < 2 or group[0] != "(" or group[-1] != ")":
+    levels = [(_groups(text), weight)]
+    while levels:
+        groups, weight = levels[-1]
+        group = next(groups, None)
+        if group is None:
+            levels.pop()
+        elif len(group) < 2 or group[0] != "(" or group[-1] != ")":
             yield group, weight
-            continue
-        inner = group[1:-1]
-        head, colon, number = inner.rpartition(":")
-        stated = _number(number) if colon and head else None
-        yield from _parsed(inner, weight * _PLUS) if stated is None else _parsed(head, stated)
+        else:
+            inner = group[1:-1]
+            head, colon, number = inner.rpartition(":")
+            stated = _number(number) if colon and head else None
+            levels.append((_groups(inner), weight * _PLUS) if stated is None else (_groups(head), stated))
 
 
 def _number(text: str) -> float | None:
@@ -111,10 +118,10 @@ def _groups(text: str) -> Iterator[str]:
 def _segments(text: str, weight: float, unit: Unit) -> Iterator[list[Weighted]]:
     """The tokens of one segment; an embedding, and the text behind it, are segments of their own."""
     plain = text.replace(_CLOSE, ")").replace(_OPEN, "(")
-    first, *named = re.split(rf"(?<=\s){_EMBEDDING}", plain)
+    first, *named = re.split(rf"(?<=[ \n]){_EMBEDDING}", plain)
     for piece in (first, *(_EMBEDDING + rest for rest in named)):
         word = piece
-        if piece.startswith(_EMBEDDING) and unit.embeddings:
+        if piece.startswith(_EMBEDDING):
             vectors, word = _embedding(piece[len(_EMBEDDING) :].strip("\n"), unit)
             if vectors is not None:
                 yield [(vector, weight) for vector in vectors]
@@ -140,7 +147,7 @@ def _embedding(rest: str, unit: Unit) -> tuple[Sequence[Token] | None, str]:
 
 
 def _known(unit: Unit) -> str:
-    return f"given are: {', '.join(unit.embeddings)}"
+    return f"given are: {', '.join(unit.embeddings) or 'none'}"
 
 
 def _chunks(segments: Sequence[list[Weighted]], unit: Unit) -> Iterator[list[Weighted]]:

@@ -18,7 +18,7 @@ import numpy as np
 from clip_export.context.dialects import _compel_grammar as grammar
 from clip_export.context.dialects import diffusers
 from clip_export.context.result import Floats
-from clip_export.context.units import Prepared, Row, Token, Unit
+from clip_export.context.units import Prepared, Row, Token, Unit, finite
 from clip_export.errors import InputError
 from clip_export.spec import ContextSpec
 
@@ -44,13 +44,13 @@ class _Rows:
         return self.rows.index(row)
 
 
-def prepare(prompt: str, unit: Unit) -> Prepared:
+def prepare(prompt: str, unit: Unit, *, negative: bool = False) -> Prepared:
     """The rows of the prompt, of those with a fragment hidden, and of the empty prompt where it is needed."""
     if unit.context.family == "sd3":
         raise InputError("compel has no rules for SD 3", hint="use diffusers or comfyui")
     joined, rows = grammar.parse(prompt), _Rows(unit)
     parts = [_part(part, rows) for part in joined.prompts]
-    weights = joined.weights
+    weights = [finite(weight) for weight in joined.weights]
     empty = rows.add(unit.empty) if any(weight != 1 for weight in weights) else 0
 
     def combine(states: Sequence[Floats]) -> Floats:
@@ -78,8 +78,11 @@ def _part(part: grammar.Flat | grammar.Blend, rows: _Rows) -> tuple[Made, int]:
     parts = [_flat(prompt, rows) for prompt in part.prompts]
     chunks = max(count for _, count in parts)
     empty = rows.add(rows.unit.empty) if len({count for _, count in parts}) > 1 else 0
-    weights = np.array(part.weights, np.float32)
+    weights = np.array([finite(weight) for weight in part.weights], np.float32)
     if part.normalized:
+        if weights.sum() == 0:
+            message = "the weights of .blend() add up to 0, so that nothing makes them add up to 1"
+            raise InputError(message, hint="write no_normalize behind them, or other weights")
         weights = weights / weights.sum()
 
     def make(states: Sequence[Floats]) -> Floats:
@@ -95,12 +98,9 @@ def _part(part: grammar.Flat | grammar.Blend, rows: _Rows) -> tuple[Made, int]:
 def _flat(fragments: grammar.Flat, rows: _Rows) -> tuple[Made, int]:
     """One prompt of weighted fragments."""
     unit = rows.unit
-    for _, weight in fragments:
-        if not math.isfinite(weight):
-            raise InputError(f"expected a finite weight in the prompt, found {weight}", hint="such as (word)1.2")
     tokens = [diffusers.tokens(text, unit) for text, _ in fragments]
     chunks = _split([token for part in tokens for token in part], unit)
-    spread = [weight for part, (_, weight) in zip(tokens, fragments, strict=True) for _ in part]
+    spread = [finite(weight) for part, (_, weight) in zip(tokens, fragments, strict=True) for _ in part]
     places = _places(chunks, unit)
     weights = np.ones(len(chunks) * unit.text.context_length, np.float32)
     weights[places] = spread

@@ -16,7 +16,7 @@ from clip_export.spec import ContextSpec
 __all__ = ["prepare", "tokens", "zeros"]
 
 
-def prepare(prompt: str, unit: Unit) -> Prepared:
+def prepare(prompt: str, unit: Unit, *, negative: bool = False) -> Prepared:
     """The prompt in one row."""
     found = tokens(prompt, unit)
     if len(found) > unit.room:
