@@ -31,6 +31,7 @@ from clip_export.quantization import Quantization
 from clip_export.speed import Ratio
 
 FAST = Quantization(method="minmax")
+from clip_export.verification import replay
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +162,7 @@ def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[SpeedError | None], l
         monkeypatch.setattr(
             extension, "find_targets", lambda *_, **__: [dataclasses.replace(known, gpu="a GPU of this test")]
         )
-        monkeypatch.setattr(
-            extension, "verify_choice", lambda bundle, choice, **_: clip_export.verify(bundle, precision="fp32")
-        )
+        monkeypatch.setattr(extension, "replay_choice", lambda bundle, choice, **_: replay(bundle, precision="fp32"))
 
         def paid(bundle: Bundle, candidate: Choice, baseline: Choice, batches: Sequence[int]) -> dict[str, Any]:
             plans = candidate.plans["image"], baseline.plans["image"]

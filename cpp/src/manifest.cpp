@@ -281,7 +281,7 @@ std::int64_t checked_version(const Json &plain) {
     if (version > newest_schema) {
         throw BundleSchemaError("schema " + std::to_string(version) + " was written by a newer clip-export; this one reads up to " +
                                     std::to_string(newest_schema),
-                                "upgrade clip-export: pip install -U clip-export");
+                                "update clip-export: pull its repository, and install from it again");
     }
     return version;
 }
