@@ -29,9 +29,9 @@ from clip_export.extension import find_targets
 from clip_export.precision_map import HIGH, read_map
 from clip_export.quantization import Quantization
 from clip_export.speed import Ratio
+from clip_export.verification import replay
 
 FAST = Quantization(method="minmax")
-from clip_export.verification import replay
 
 
 @pytest.fixture(scope="module")
