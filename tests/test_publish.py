@@ -708,7 +708,7 @@ def _linked(target: Path) -> None:
         (_linked, BundleError, "a is a symbolic link to real", "give the directory that it points to"),
         (_notes_in_a_bundle, BundleIntegrityError, "notes.txt in .* is not listed", "move it out of the bundle"),
         (_git_in_a_bundle, BundleError, "a is not replaced: it holds .git/HEAD, which", "extend a copy of the bundle"),
-        (_newer_schema, BundleSchemaError, "schema 5 was written by a newer clip-export", "upgrade clip-export"),
+        (_newer_schema, BundleSchemaError, "schema 5 was written by a newer clip-export", "update clip-export"),
         (_damaged_manifest, BundleSchemaError, "manifest.json is not valid JSON", "build the bundle again"),
         (_same_size, BundleIntegrityError, "image.onnx in .* is changed: expected sha256", "build the bundle again"),
     ],

@@ -359,7 +359,7 @@ def test_what_is_let_pass_is_marked_and_stays_marked(below_bundle: Path) -> None
     assert {line[0]: "FAILED" in line for line in lines} == {"image": False, "text": True}
     found = strict_json(run("verify", below_bundle, "--json").stdout.encode())
     assert not found["passed"]
-    verdicts = {(row["precision"], row["tower"]): row["passed"] for row in found["rows"]}
+    verdicts = {(row["precision"], row["tower"]): row["passed"] for each in found["runs"] for row in each["rows"]}
     assert verdicts[("int8", "text")] is False
     assert verdicts[("fp32", "text")] is True
 
@@ -597,7 +597,9 @@ def test_inspect_and_verify_show_it(auto_bundle: Path) -> None:
     assert result.exit_code == 0
     found = strict_json(result.stdout.encode())
     assert found["passed"]
-    assert {row["required_cosine"] for row in found["rows"] if row["precision"] == "auto"} == {CONTRACTS["auto"]}
+    assert {row["required_cosine"] for each in found["runs"] for row in each["rows"] if row["precision"] == "auto"} == {
+        CONTRACTS["auto"]
+    }
 
 
 def test_another_contract_for_graphs_that_are_there_is_not_passed_over(auto_bundle: Path) -> None:
