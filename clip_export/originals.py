@@ -13,6 +13,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,10 +28,10 @@ from clip_export.encoder import Encoder, Floats
 from clip_export.errors import CheckpointError, MissingDependencyError
 from clip_export.images import ImageInput, open_image
 from clip_export.pipeline import reference
-from clip_export.spec import Activation, Dialect, to_dict
+from clip_export.spec import Activation, Dialect, Tower, to_dict
 from clip_export.verification import CONTRACTS, golden_outputs, golden_rows
 
-__all__ = ["OpenClip", "TorchTowers", "Transformers"]
+__all__ = ["OpenClip", "TorchTowers", "Transformers", "stated_options"]
 
 Ints = npt.NDArray[np.integer]
 Pixels = npt.NDArray[np.uint8]
@@ -41,20 +42,24 @@ _SHOWN = 8  # names that one error lists
 _DISTRIBUTIONS = {"transformers": "transformers", "open_clip": "open-clip-torch", "torch": "torch"}
 
 
+def stated_options(bundle: Bundle, towers: tuple[Tower, ...] | None = None) -> checkpoints.Options:
+    """What was stated when `bundle` was built, to read its checkpoint by; its own towers, or those asked for."""
+    stated = bundle.manifest.provenance.options
+    return checkpoints.Options(
+        activation=cast(Activation | None, stated.get("activation")),
+        tokenizer_dialect=cast(Dialect | None, stated.get("tokenizer_dialect")),
+        preprocess_dialect=cast(Dialect | None, stated.get("preprocess_dialect")),
+        towers=bundle.spec.towers if towers is None else towers,
+    )
+
+
 class TorchTowers:
     """The checkpoint in float32 torch."""
 
     notes: tuple[str, ...] = ()
 
     def __init__(self, checkpoint: str, bundle: Bundle) -> None:
-        stated = bundle.manifest.provenance.options
-        options = checkpoints.Options(
-            activation=cast(Activation | None, stated.get("activation")),
-            tokenizer_dialect=cast(Dialect | None, stated.get("tokenizer_dialect")),
-            preprocess_dialect=cast(Dialect | None, stated.get("preprocess_dialect")),
-            towers=bundle.spec.towers,
-            context=bundle.spec.context is not None,
-        )
+        options = replace(stated_options(bundle), context=bundle.spec.context is not None)
         source = checkpoints.read(checkpoint, options)  # weights are read when the towers are made, so this is quick
         self.name = source.source.name
         self.version = f"torch {metadata.version('torch')}"

@@ -18,8 +18,8 @@ from clip_export.benching.entrants import TITLES, Contestant, Entrant, Where, Wo
 from clip_export.bundle import Bundle
 from clip_export.errors import BackendError, CheckpointError, MissingDependencyError
 from clip_export.graph.files import missing
-from clip_export.originals import Transformers
-from clip_export.spec import Activation, Dialect, Tower
+from clip_export.originals import Transformers, stated_options
+from clip_export.spec import Tower
 
 if TYPE_CHECKING:
     import torch
@@ -135,14 +135,7 @@ def _towers(bundle: Bundle, checkpoint: str, device: str, dtype: torch.dtype) ->
     """Both towers with the weights of `checkpoint`, which has to be that of `bundle`."""
     from clip_export.towers import make_tower
 
-    stated = bundle.manifest.provenance.options
-    options = checkpoints.Options(
-        activation=cast(Activation | None, stated.get("activation")),
-        tokenizer_dialect=cast(Dialect | None, stated.get("tokenizer_dialect")),
-        preprocess_dialect=cast(Dialect | None, stated.get("preprocess_dialect")),
-        towers=bundle.spec.towers,
-    )
-    source = checkpoints.read(checkpoint, options)
+    source = checkpoints.read(checkpoint, stated_options(bundle))
     if source.spec.select(bundle.spec.towers) != bundle.spec:
         built = bundle.manifest.provenance
         raise CheckpointError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from clip_export.bundle import Bundle
 from clip_export.errors import AmbiguousCheckpointError, CheckpointError
 from clip_export.explaining.layers import POSITIONS
 from clip_export.explaining.stages import Place
-from clip_export.spec import Activation, Dialect, ModelSpec, Tower, to_dict
+from clip_export.originals import stated_options
+from clip_export.spec import ModelSpec, Tower, to_dict
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,14 +110,7 @@ def _read(checkpoint: str, bundle: Bundle, tower: Tower) -> checkpoints.Checkpoi
     try:
         return checkpoints.read(checkpoint, checkpoints.Options(towers=(tower,)))
     except AmbiguousCheckpointError:
-        stated = bundle.manifest.provenance.options
-        options = checkpoints.Options(
-            activation=cast(Activation | None, stated.get("activation")),
-            tokenizer_dialect=cast(Dialect | None, stated.get("tokenizer_dialect")),
-            preprocess_dialect=cast(Dialect | None, stated.get("preprocess_dialect")),
-            towers=(tower,),
-        )
-        return checkpoints.read(checkpoint, options)
+        return checkpoints.read(checkpoint, stated_options(bundle, (tower,)))
 
 
 def _facts(spec: ModelSpec, tower: Tower) -> dict[str, object]:
