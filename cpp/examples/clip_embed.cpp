@@ -37,7 +37,10 @@ void print(const char *kind, const std::vector<std::string> &names, const std::v
 int main(int count, char **arguments) {
     clip_export::Options options;
     std::vector<std::string> texts, files;
-    if (count < 2 || count % 2 != 0) return std::fputs(usage, stderr), 2;
+    if (count == 2 && (!std::strcmp(arguments[1], "--help") || !std::strcmp(arguments[1], "-h"))) {
+        return std::fputs(usage, stdout), 0;
+    }
+    if (count < 2 || count % 2 != 0 || arguments[1][0] == '-') return std::fputs(usage, stderr), 2;
     for (int i = 2; i < count; i += 2) {
         std::string name = arguments[i], value = arguments[i + 1];
         if (name == "--text") {
