@@ -506,6 +506,14 @@ def test_the_command_takes_several_prompts_and_one_negative(demo: Bundle) -> Non
     assert found.exit_code == 1 and "clip_skip '2' names no layer" in found.output and "hint:" in found.output
 
 
+@pytest.mark.parametrize(("dialect", "said"), [("diffusers", True), ("a1111", False), ("comfyui", False)])
+def test_the_command_says_that_diffusers_takes_weights_for_text(demo: Bundle, dialect: str, said: bool) -> None:
+    note = "note: (blur:1.3) is text to the dialect diffusers"
+    found = run("context", demo.path, "a (red) fox", "--negative", "(blur:1.3)", "--dialect", dialect)
+    assert found.exit_code == 0 and (note in found.stderr) == said
+    assert "note" not in run("context", demo.path, "a (red) fox: 1.3", "--dialect", dialect).stderr
+
+
 def test_the_command_takes_a_precision(demo: Bundle) -> None:
     assert run("context", demo.path, "a fox", "--precision", "fp32").exit_code == 0
     found = run("context", demo.path, "a fox", "--precision", "fp16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -67,6 +68,11 @@ def context(
         made = encoder.context(
             prompts, negative=negatives, clip_skip=clip_skip, dialect=dialect, embeddings=embedding or ()
         )
+    if dialect == "diffusers" and (weights := _weights([*prompts, *(negative or ())])):
+        say(
+            f"note: {weights} is text to the dialect diffusers, brackets and all; to comfyui, a1111 and compel it is a"
+            " weight"
+        )
     if output is not None:
         made.save(output)
     shapes = _shapes(made)
@@ -76,6 +82,12 @@ def context(
         print_columns([(name, f"float32 {shape}") for name, shape in shapes.items()])
     if output is not None:
         say(f"written: {output}")
+
+
+def _weights(prompts: list[str]) -> str | None:
+    """The first `(words:1.2)` of `prompts`, which diffusers' pipelines do not weigh."""
+    found = (re.search(r"\([^()]+:\s*[+-]?[\d.]+\)", prompt) for prompt in prompts)
+    return next((match.group() for match in found if match), None)
 
 
 def _shapes(made: Context) -> dict[str, list[int]]:

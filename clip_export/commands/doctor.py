@@ -119,6 +119,11 @@ def _print_advice(report: dict[str, Any]) -> None:
     advice = [(_PURPOSE.get(extra, extra), f"pip install 'clip-export[{extra}]'") for extra in sorted(incomplete)]
     if any(not package["fits"] for package in report["packages"].get("base", [])):
         advice.insert(0, ("to run at all", "pip install clip-export"))
-    broken = [(f"for {b['name']}", b["install"]) for b in report["backends"] if not b["works"] and b["install"]]
+    said = {install for _, install in advice}
+    broken = [
+        (f"for {b['name']}", b["install"])
+        for b in report["backends"]
+        if not b["works"] and b["install"] and b["install"] not in said
+    ]
     typer.echo("\nwhat to install")
     print_columns(advice + broken or [("nothing", "every extra is complete and every backend works")])
