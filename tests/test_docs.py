@@ -236,7 +236,7 @@ def workspace(tmp_path: Path, bare_weights: Path, demo_bundle: Path, monkeypatch
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.zh-CN.md"])  # its snippets are README.md's
 def test_snippets_run(page: str, workspace: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for snippet in page_snippets(page):

@@ -39,6 +39,11 @@ def check(bundle: Bundle, gpus: tuple[str, ...]) -> None:
         assert row.min_cosine >= (0.99999 if row.precision == "fp32" else 0.9999)
 
 
+def test_vit_b_32_for_one_gpu(tmp_path: Path) -> None:
+    check(built("vit-b-32", tmp_path, ("sm_120",)), ("sm_120",))
+
+
+@pytest.mark.slow
 def test_vit_b_32(tmp_path: Path) -> None:
     check(built("vit-b-32", tmp_path, GPUS), GPUS)
 
