@@ -12,18 +12,16 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from clip_export.bundle import Bundle, Graph
 from clip_export.choice import CPU_INT8, FP32
 from clip_export.errors import ContractError, InputError
 from clip_export.feeds import Data, check_varied, gather
-from clip_export.judging import SEARCHED_WITH, Judge, Outputs, Reference, recall_drop, run_graph
+from clip_export.judging import SEARCHED_WITH, Judge, Outputs, Reference, run_graph
 from clip_export.layer_speed import LayerTime, LayerTimes
 from clip_export.manifest import GOLDEN, Contract
 from clip_export.output_file import staged_file, writing
@@ -40,6 +38,7 @@ from clip_export.quantized_report import (
     worst_by_error,
     worst_by_score,
 )
+from clip_export.quantized_terms import Terms
 from clip_export.quantized_tower import (
     HALF_PART,
     Prepared,
@@ -49,9 +48,7 @@ from clip_export.quantized_tower import (
     run_simulated,
     to_half,
 )
-from clip_export.retrieval import Recall, recall_at
 from clip_export.spec import Tower
-from clip_export.verification import CONTRACTS
 
 # Part of every key of a search: one more where the same options would give other scores.
 _SEARCH_VERSION = 3
@@ -99,8 +96,12 @@ def make_quantized(
             bundle=bundle,
             precision=precision,
             options=options,
-            data=data,
-            references={tower: Reference.of(samples) for tower, samples in data.towers.items()},
+            terms=Terms(
+                precision=precision,
+                options=options,
+                data=data,
+                references={tower: Reference.of(samples) for tower, samples in data.towers.items()},
+            ),
             work=Path(work),
             cache=cache,
             report_path=report,
@@ -122,35 +123,28 @@ class _Maker:
     bundle: Bundle
     precision: str
     options: Quantization
-    data: Data
-    references: Mapping[Tower, Reference]
+    terms: Terms
     work: Path
     cache: Path
     report_path: Path
     times: LayerTimes | None
     progress: Progress
 
-    @property
-    def min_cosine(self) -> float:
-        """The least that is published."""
-        asked = self.options.min_cosine
-        return CONTRACTS[self.precision] if asked is None else asked
-
     def make(self, staging: Path) -> Made:
         """Quantize every tower, hold them to the contract together, and write their graphs and the map."""
-        for tower in self.data.towers:
-            self._check_map(tower, dict.fromkeys(layer_names(self.data.towers[tower])))
+        for tower in self.terms.data.towers:
+            self._check_map(tower, dict.fromkeys(layer_names(self.terms.data.towers[tower])))
         towers: dict[Tower, QuantizedTower] = {}
-        for tower in self.data.towers:
+        for tower in self.terms.data.towers:
             towers[tower] = self._tower(tower, staging, {name: made.outputs for name, made in towers.items()})
         outputs = {tower: made.outputs for tower, made in towers.items()}
         scores = {tower: made.found.score for tower, made in towers.items()}
-        pairs = self._pairs(outputs)
-        missed = list(self._missed(scores, pairs))
+        pairs = self.terms.pairs(outputs)
+        missed = list(self.terms.missed(scores, pairs))
         report: dict[str, Any] = {
-            "contract": {"min_cosine": self.min_cosine, "max_recall_drop": self.options.max_recall_drop},
+            "contract": {"min_cosine": self.terms.min_cosine, "max_recall_drop": self.options.max_recall_drop},
             "missed": missed,
-            "made_from": made_from(self.data, self.options),
+            "made_from": made_from(self.terms.data, self.options),
             "method": self.options.ranges_by,
             "towers": {
                 tower: made.report | {"score": dataclasses.asdict(scores[tower])} for tower, made in towers.items()
@@ -158,9 +152,9 @@ class _Maker:
             "pairs": pairs,
         }
         if not any(made.found.mix for made in towers.values()):
-            raise self._error(["no layer is left to quantize", *missed], towers, report)
+            raise self._refused(["no layer is left to quantize", *missed], towers, report)
         if missed and not self.options.allow_below_contract:
-            raise self._error(missed, towers, report)
+            raise self._refused(missed, towers, report)
         formats = {tower: made.formats for tower, made in towers.items()}
         precision_map = PrecisionMap(
             precision=self.precision,
@@ -174,13 +168,13 @@ class _Maker:
             graphs={tower: self._graph(tower) for tower in towers},
             report=report,
             contract=Contract(
-                min_cosine=self.min_cosine, max_recall_drop=self.options.max_recall_drop, missed=tuple(missed)
+                min_cosine=self.terms.min_cosine, max_recall_drop=self.options.max_recall_drop, missed=tuple(missed)
             ),
         )
 
     def _tower(self, tower: Tower, staging: Path, made: Mapping[Tower, Outputs]) -> QuantizedTower:
         """Quantize `tower` beside those that are `made`, by their outputs."""
-        samples, reference = self.data.towers[tower], self.references[tower]
+        samples, reference = self.terms.data.towers[tower], self.terms.references[tower]
         prepared = self._prepared(tower)
         target = staging / f"{tower}.{self.precision}.onnx"
         if self.precision == CPU_INT8:
@@ -193,16 +187,16 @@ class _Maker:
             everything=self.precision.endswith("all"),
             progress=self.progress,
         )
-        judge = self._judge(tower, reference, made)
+        judge = self.terms.judge(tower, reference, made)
         quantizer = Quantizer(prepared, half, attention=self.options.attention)
         try:
             self._check_map(tower, dict.fromkeys(quantizer.costs) | quantizer.high)
-            found = self._found(tower, quantizer, self._judge(tower, reference.spread(SEARCHED_WITH), made), judge)
+            found = self._found(tower, quantizer, self.terms.judge(tower, reference.spread(SEARCHED_WITH), made), judge)
             quantizer.write(found.mix, target)
             self.progress(f"{tower}: judge the {self.precision} graph", 0, 0)
             outputs = run_simulated(target, reference.feeds, self.work)
             found = dataclasses.replace(found, score=judge.score(outputs))
-            kept = self._keeps(found.score)
+            kept = self.terms.keeps(found.score)
             if not kept:
                 found = self._blamed(tower, quantizer, judge, found)
         finally:
@@ -221,13 +215,13 @@ class _Maker:
         given = self.options.precision_map
         if given is not None and given.half_cosine is not None:
             return given.half_cosine
-        return 1 - HALF_PART * (1 - self.min_cosine)
+        return 1 - HALF_PART * (1 - self.terms.min_cosine)
 
     def _prepared(self, tower: Tower) -> Prepared:
         given = self.options.precision_map
         format_ = QUANTIZED.get(self.precision, "int8")
         return prepare_tower(
-            self.data.towers[tower],
+            self.terms.data.towers[tower],
             format_ if given is None else _formats(given.towers[tower], format_),
             method=self.options.ranges_by,
             work=self.work,
@@ -239,13 +233,13 @@ class _Maker:
         self, tower: Tower, prepared: Prepared, target: Path, made: Mapping[Tower, Outputs]
     ) -> QuantizedTower:
         """The tower for ONNX Runtime: every layer in int8, the rest fp32; judged on the kernels of this CPU."""
-        reference, mix = self.references[tower], self._quantized(tower, prepared.treatments)
+        reference, mix = self.terms.references[tower], self._quantized(tower, prepared.treatments)
         quantize_for_cpu(prepared.smoothed, target, {name: prepared.treatments[name].scale for name in mix})
         outputs = run_graph(target, reference.feeds)
-        score = self._judge(tower, reference, made).score(outputs)
+        score = self.terms.judge(tower, reference, made).score(outputs)
         found = Found(mix=mix, score=score, high=(), sensitivity={}, evaluations=1, share=prepared.share(mix))
-        report = tower_report(self.data.towers[tower], prepared, found, {}, rest=FP32)
-        worst = () if self._keeps(score) else worst_by_error(prepared, found)
+        report = tower_report(self.terms.data.towers[tower], prepared, found, {}, rest=FP32)
+        worst = () if self.terms.keeps(score) else worst_by_error(prepared, found)
         return QuantizedTower(
             formats=layer_formats(prepared, mix), outputs=outputs, found=found, report=report, worst=worst
         )
@@ -259,7 +253,7 @@ class _Maker:
             found = search(
                 costs,
                 _scoring(quantizer, sample),
-                self._keeps,
+                self.terms.keeps,
                 confirm=_remembered(_scoring(quantizer, judge), Journal(path.with_suffix(".confirmed.jsonl"), key)),
                 journal=Journal(path.with_suffix(".search.jsonl"), key),
                 progress=lambda what, done, total: self.progress(f"{tower}: {what}", done, total),
@@ -312,111 +306,37 @@ class _Maker:
         if given is not None:
             check_names(given.towers[tower], known, f"the {tower} tower")
 
-    def _keeps(self, score: Score) -> bool:
-        most = self.options.max_recall_drop
-        recalls = most is None or (score.recall_drop is not None and score.recall_drop <= most)
-        return score.cosine >= self.min_cosine and recalls
-
-    def _judge(self, tower: Tower, reference: Reference, made: Mapping[Tower, Outputs]) -> Judge:
-        """Judges `tower` on the inputs of `reference`; R@1 beside the other tower as it was `made`, or else in fp32."""
-        other = next((name for name in self.references if name != tower), None)
-        exact = None if other is None else self.references[other].embeddings()
-        own = reference.embeddings()
-        if other is None or exact is None or own is None or not self.data.paired:
-            return Judge(reference=reference, others=exact)
-        beside = self.references[other].embeddings(made[other]) if other in made else exact
-        assert beside is not None
-        rows, partner = reference.rows, other
-        expected = self._recall({tower: own, other: exact[rows]}, rows)
-
-        def drop(found: np.ndarray) -> float:
-            return recall_drop(self._recall({tower: found, partner: beside[rows]}, rows), expected)
-
-        return Judge(reference=reference, others=exact, drop=drop)
-
-    def _recall(self, embeddings: Mapping[Tower, np.ndarray], rows: np.ndarray) -> Recall:
-        """R@1 of held-out pairs, those in `rows`."""
-        names = {tower: self.data.held_out(tower) for tower in self.data.towers}
-        captions, pictures = ([names[tower][row] for row in rows] for tower in ("text", "image"))
-        return recall_at(embeddings["image"], embeddings["text"], 1, labels=captions, pictures=pictures)
-
-    def _pairs(self, outputs: Mapping[Tower, Outputs]) -> dict[str, Any] | None:
-        """R@1 of the pairs in fp32 and with both towers quantized, in percent; None where there are no pairs."""
-        found = {tower: self.references[tower].embeddings(batches) for tower, batches in outputs.items()}
-        expected = {tower: self.references[tower].embeddings() for tower in outputs}
-        known = [array for array in (*found.values(), *expected.values()) if array is not None]
-        if not self.data.paired or len(known) < 4:
-            return None
-        rows = np.arange(len(known[0]))
-        quantized, reference = (self._recall(cast("dict[Tower, np.ndarray]", each), rows) for each in (found, expected))
-        return {
-            "count": len(rows),
-            "smallest_step": 100 / len(rows),  # in points: R@1 cannot fall by less
-            "recall_at_1": {"fp32": dataclasses.asdict(reference), "quantized": dataclasses.asdict(quantized)},
-            "recall_drop": recall_drop(quantized, reference),
-        }
-
-    def _missed(self, scores: Mapping[Tower, Score], pairs: Mapping[str, Any] | None) -> Iterator[str]:
-        """What of the contract is not kept, in words."""
-        for tower, score in scores.items():
-            if not score.cosine >= self.min_cosine:
-                yield f"min cosine of the {tower} tower is {score.cosine:.7f}, required is {self.min_cosine:.7g}"
-        most = self.options.max_recall_drop
-        if most is not None and (pairs is None or not pairs["recall_drop"] <= most):
-            found = "is not known" if pairs is None else f"is {pairs['recall_drop']:.2f} points"
-            yield f"the drop of R@1 {found}, allowed are {most:.7g} points"
-
     def _search_key(self, tower: Tower, quantizer: Quantizer, costs: Mapping[str, float]) -> str:
         """Stands for all that the scores of a search depend on."""
         parts = [
             _SEARCH_VERSION,
             SEARCHED_WITH,
             self.precision,
-            self.min_cosine,
+            self.terms.min_cosine,
             self.options.max_recall_drop,
             tower,
-            *(self.bundle.graph_sha256(name) for name in self.data.towers),
+            *(self.bundle.graph_sha256(name) for name in self.terms.data.towers),
             self.bundle.manifest.files[GOLDEN].sha256,
             quantizer.digest,
             list(costs.items()),
-            self.data.paired,
-            [digest.hex() for samples in self.data.towers.values() for digest in samples.digests(held_out=True)],
+            self.terms.data.paired,
+            [digest.hex() for samples in self.terms.data.towers.values() for digest in samples.digests(held_out=True)],
             # The second tower's R@1 is measured beside the first one as that was made.
-            [digest.hex() for samples in self.data.towers.values() for digest in samples.digests()],
+            [digest.hex() for samples in self.terms.data.towers.values() for digest in samples.digests()],
             [self.options.ranges_by, self.options.attention],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _graph(self, tower: Tower) -> Graph:
-        return dataclasses.replace(self.bundle.graph(tower), file=f"{tower}.{self.precision}.onnx")
-
-    def _error(
+    def _refused(
         self, missed: Sequence[str], towers: Mapping[Tower, QuantizedTower], report: dict[str, Any]
     ) -> ContractError:
         """The error for what missed the contract; the report is written beside the bundle and named."""
         with staged_file(self.report_path) as file, writing(self.report_path):
             file.write(json.dumps(report, indent=2).encode("ascii") + b"\n")
-        worst = [f"{tower} {words}" for tower, made in towers.items() for words in made.worst]
-        blamed = f"; worst layers: {', '.join(worst)}" if worst else ""
-        for tower, made in towers.items():
-            if made.found.unquantized is not None and not self._keeps(made.found.unquantized):
-                cosine = made.found.unquantized.cosine
-                blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine:.7f}"
-        searched = self.precision in (*SEARCHED, CPU_INT8)
-        search_instead = "autofp8" if QUANTIZED.get(self.precision) == "fp8" else "auto"
-        instead = f"--precision {search_instead} leaves the worst layers in fp16"
-        if searched or self.options.precision_map is not None:
-            instead = "ask for less with --min-cosine"
-        hint = f"{instead}; more --calibration inputs may help; --allow-below-contract publishes it marked as such"
-        if not any(made.found.mix for made in towers.values()):
-            hint = (
-                "--precision fp16 is what is left; or ask for less with --min-cosine, or give another --precision-map"
-            )
-        return ContractError(
-            f"{self.precision} misses its contract: {'; '.join(missed)}{blamed}. Nothing is published; the report is "
-            f"{self.report_path}",
-            hint=hint,
-        )
+        return self.terms.refusal(missed, towers, self.report_path)
+
+    def _graph(self, tower: Tower) -> Graph:
+        return dataclasses.replace(self.bundle.graph(tower), file=f"{tower}.{self.precision}.onnx")
 
 
 def _scoring(quantizer: Quantizer, judge: Judge) -> Callable[[Mix], Score]:
