@@ -38,7 +38,6 @@ from scenes import Scene, all_scenes, caption, is_held_out, render
 NAMES = ("demo", "vit-b-32")
 # How many pairs are calibrated on, a part of them held out for choices, and how many others everybody is judged by.
 COUNTS = {"demo": (512, 512), "vit-b-32": (96, 64)}
-_SEED = 0
 _PIXELS = {"demo": 128, "vit-b-32": 256}  # sides of scenes: more than the model sees, so that there is some resizing
 
 _Pair: TypeAlias = tuple[Image.Image, str]
@@ -54,10 +53,10 @@ class Case:
     paired: bool
 
 
-def make_case(name: str, work: Path, *, hardened: bool) -> Case:
-    """Export the checkpoint `name` into `work` and write its pairs beside it. The same every time."""
+def make_case(name: str, work: Path, *, hardened: bool, draw: int = 0) -> Case:
+    """Export checkpoint `name` into `work` and write its pairs beside it: the same every time, others each `draw`."""
     bundle = _bundle(name, work, hardened=hardened)
-    given, judged = _write_pairs(name, work)
+    given, judged = _write_pairs(name, work, draw)
     calibration, evaluation = (gather(bundle, [folder], None) for folder in (given, judged))
     towers = {tower: _all(samples, held_out=True) for tower, samples in evaluation.towers.items()}
     return Case(
@@ -89,7 +88,6 @@ def describe(case: Case) -> dict[str, Any]:
         "held_out_for_choices": len(samples.items) - samples.count,
         "judged_by": len(case.evaluation.towers["image"].items),
         "batch": BATCH,
-        "seed": _SEED,
     }
 
 
@@ -100,7 +98,7 @@ def _all(samples: Samples, *, held_out: bool) -> Samples:
 def _bundle(name: str, work: Path, *, hardened: bool) -> Bundle:
     checkpoint: Path | str = "demo" if name == "demo" else work / "checkpoint"
     if name != "demo":
-        random_checkpoint.make(name, work / "checkpoint", seed=_SEED)
+        random_checkpoint.make(name, work / "checkpoint", seed=0)
     if hardened:
         source = random_checkpoint.DEMO if name == "demo" else work / "checkpoint"
         checkpoint = harden(source, work / "hardened", "outliers")
@@ -108,14 +106,14 @@ def _bundle(name: str, work: Path, *, hardened: bool) -> Bundle:
     return Bundle.open(work / "bundle")
 
 
-def _write_pairs(name: str, work: Path) -> tuple[Path, Path]:
+def _write_pairs(name: str, work: Path, draw: int) -> tuple[Path, Path]:
     """Two folders of pairs, with no scene and no photograph in both."""
-    rng = random.Random(f"quantization {_SEED}")
+    rng = random.Random(f"quantization {draw}")
     scenes = _scenes(*COUNTS[name], rng)
     names = rng.sample(sorted(PHOTOGRAPHS), len(PHOTOGRAPHS))
     halves = {"calibration": names[::2], "evaluation": names[1::2]}
     for (folder, photographs), chosen in zip(halves.items(), scenes, strict=True):
-        pairs = list(_rendered(chosen, _PIXELS[name], rng))
+        pairs = list(_rendered(chosen, _PIXELS[name], rng, draw))
         if name != "demo":
             pairs[::2] = _crops(photographs, len(pairs[::2]), rng)
         _write(work / folder, pairs)
@@ -132,9 +130,9 @@ def _scenes(given: int, judged: int, rng: random.Random) -> tuple[list[Scene], l
     return [scene for scene in pool if scene not in taken][:given], chosen
 
 
-def _rendered(scenes: Sequence[Scene], pixels: int, rng: random.Random) -> Iterator[_Pair]:
+def _rendered(scenes: Sequence[Scene], pixels: int, rng: random.Random, draw: int) -> Iterator[_Pair]:
     for scene in scenes:
-        yield render(scene, _SEED, pixels, oversample=2), caption(scene, rng)
+        yield render(scene, draw, pixels, oversample=2), caption(scene, rng)
 
 
 def _crops(names: Sequence[str], count: int, rng: random.Random) -> Iterator[_Pair]:

@@ -1,11 +1,12 @@
 """What 8 bits cost, contestant by contestant: cosines, R@1, the share of FLOPs in int8, plans. No GPU is needed.
 
-    python benchmarks/quantization.py demo|vit-b-32 [--hardened] [--modelopt PYTHON] [--json FILE]
+    python benchmarks/quantization.py demo|vit-b-32 [--hardened] [--draws N] [--modelopt PYTHON] [--json FILE]
 
 Each contestant is given the same fp32 graphs and inputs, and judged by others (_quantization_data.py says which). With
 --hardened the checkpoint does the same in fp32 and is hard on 8 bits: tests/hardened.py, "outliers". PYTHON is that of
 an environment with nvidia-modelopt[onnx]==0.47.0, which cannot share one with clip-export; without it ModelOpt is left
-out. Markdown goes to stdout.
+out. Markdown goes to stdout. The least of a dozen cosines is luck: --draws N measures with N draws of the pairs, prints
+the tables of the first and then what each contestant has over all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,28 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def spread(draws: list[dict[str, Any]]) -> str:
+    """The table of several draws: medians, and from least to largest."""
+    lines = [
+        f"Over {len(draws)} draws of the pairs, the median (least to largest):",
+        "",
+        "| tower | contestant | golden min | golden mean | held-out min | held-out mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rows in zip(*(measured["rows"] for measured in draws), strict=True):
+        cells = [rows[0]["tower"], rows[0]["contestant"]]
+        for part, key in product(("golden", "held_out"), ("cosine", "mean_cosine")):
+            cosines = [row[part][key] for row in rows]
+            cells.append(f"{np.median(cosines):.5f} ({min(cosines):.5f} to {max(cosines):.5f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    if all(measured["recall_at_1"] for measured in draws):
+        lines += ["", "| both towers | drop of R@1, points |", "|---|---|"]
+        for name in draws[0]["recall_at_1"]:
+            drops = [measured["recall_at_1"][name]["drop_in_points"] for measured in draws]
+            lines.append(f"| {name} | {np.median(drops):.2f} ({min(drops):.2f} to {max(drops):.2f}) |")
+    return "\n".join(lines)
+
+
 _said: list[str] = []
 
 
@@ -124,18 +148,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--hardened", action="store_true", help="function-preserving outliers in the weights")
+    parser.add_argument("--draws", type=int, default=1, metavar="N", help="how many draws of the pairs")
     parser.add_argument("--modelopt", type=Path, metavar="PYTHON", help="of an environment with ModelOpt")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     title = f"{arguments.name}, hardened" if arguments.hardened else arguments.name
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        case = make_case(arguments.name, Path(temporary), hardened=arguments.hardened)
-        measured = measure(case, arguments.modelopt, Path(temporary)) | {"title": title}
-    measured["seconds"] = round(time.perf_counter() - started)
+    draws = []
+    for draw in range(arguments.draws):
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as temporary:
+            case = make_case(arguments.name, Path(temporary), hardened=arguments.hardened, draw=draw)
+            measured = measure(case, arguments.modelopt, Path(temporary)) | {"title": title, "draw": draw}
+        draws.append(measured | {"seconds": round(time.perf_counter() - started)})
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    print(markdown(title, measured))
+        arguments.json.write_text(json.dumps(draws, indent=2) + "\n", encoding="utf-8")
+    print(markdown(title, draws[0]))
+    if len(draws) > 1:
+        print(f"\n{spread(draws)}")
 
 
 if __name__ == "__main__":
