@@ -33,13 +33,13 @@ from clip_export.manifest import (
     Manifest,
     Provenance,
     is_graph_file,
-    json_object,
     manifest_bytes,
     parse_manifest,
 )
 from clip_export.plan_selection import Machine, Selection, select
 from clip_export.plans import GpuMemory, Plan, gpu_memory_bytes
 from clip_export.spec import ModelSpec, Tower
+from clip_export.strict_json import json_object
 
 __all__ = [
     "MAX_MANIFEST_BYTES",

@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any
 
 from clip_export.errors import BundleIntegrityError, BundleSchemaError, InputError, SpecError
 from clip_export.plans import NORMALIZED, Plan
 from clip_export.spec import ModelSpec, Tower, from_dict
+from clip_export.strict_json import MAX_MESSAGE, REBUILD, json_object, printable
 
 __all__ = [
     "GOLDEN",
@@ -36,7 +36,6 @@ __all__ = [
     "Manifest",
     "Plan",
     "Provenance",
-    "json_object",
     "manifest_bytes",
     "parse_manifest",
 ]
@@ -57,9 +56,6 @@ _TAIL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _TAIL_BYTES = len(b',\n  "sha256": ""\n}\n') + 64
 _MAX_PLANS = 256
 _MAX_MISSED = 16  # a build knows of three: the cosine of each tower, and R@1
-_MAX_MESSAGE = 400  # characters: a hostile value must not fill the terminal
-
-REBUILD = "build the bundle again, or copy it again from where it came"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +133,8 @@ class Contract:
         _require(drop is None or 0 <= drop <= 100, f"a contract cannot allow R@1 to drop by {drop} points")
         _require(len(self.missed) <= _MAX_MISSED, f"missed: at most {_MAX_MISSED}, found {len(self.missed)}")
         for words in self.missed:
-            readable = words.isprintable() and words.strip() != "" and len(words) <= _MAX_MESSAGE
-            _require(readable, f"missed: expected 1 to {_MAX_MESSAGE} printable characters, found {words!r}")
+            readable = words.isprintable() and words.strip() != "" and len(words) <= MAX_MESSAGE
+            _require(readable, f"missed: expected 1 to {MAX_MESSAGE} printable characters, found {words!r}")
 
     @property
     def kept(self) -> bool:
@@ -253,7 +249,7 @@ def parse_manifest(data: bytes) -> Manifest:
         plain.setdefault("contracts", {})
         return from_dict(Manifest, plain, where=MANIFEST)
     except (SpecError, InputError) as error:  # the second is of a ShapeRange that is none
-        raise BundleSchemaError(_printable(str(error)), hint=REBUILD) from error
+        raise BundleSchemaError(printable(str(error)), hint=REBUILD) from error
 
 
 _SINCE = {"plans": 2, "contracts": 3}  # key -> the schema that brought it
@@ -274,27 +270,10 @@ def _check_keys(plain: Mapping[str, Any]) -> None:
         _require(not held or version >= _CONTEXT_SINCE, unknown)
 
 
-def json_object(data: bytes, *, where: str) -> dict[str, Any]:
-    """Strict JSON: one object, no duplicate keys, no NaN or infinity, integers of 64 bits. Raises BundleSchemaError."""
-    try:
-        plain = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_int64,
-        )
-    except (ValueError, RecursionError) as error:
-        raise BundleSchemaError(_printable(f"{where} is not valid JSON: {error}"), hint=REBUILD) from error
-    if not isinstance(plain, dict):
-        raise BundleSchemaError(f"{where}: expected an object, found {type(plain).__name__}", hint=REBUILD)
-    return plain
-
-
 def _check_schema_version(found: object) -> None:
     if type(found) is not int or found < 1:
         message = f"{MANIFEST}: expected a schema_version of 1 or more, found {found!r}"
-        raise BundleSchemaError(_printable(message), hint="this is not the manifest of a bundle")
+        raise BundleSchemaError(printable(message), hint="this is not the manifest of a bundle")
     if found > SCHEMA_VERSION:
         message = f"schema {found} was written by a newer clip-export; this one reads up to {SCHEMA_VERSION}"
         raise BundleSchemaError(message, hint="update clip-export: pull its repository, and install from it again")
@@ -319,37 +298,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    plain = dict(pairs)
-    if len(plain) < len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"duplicate key {repeated!r}")
-    return plain
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is out of range")
-    return value
-
-
-def _int64(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"{text[:24]} is out of range")
-    return int(text)
-
-
-def _printable(message: str) -> str:
-    """The message without control characters or lone surrogates, which hostile keys can carry to the terminal."""
-    cut = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "…"
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in cut)
 
 
 def _names(towers: Iterable[str]) -> str:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_export.errors import BundleSchemaError, InputError, SpecError
-from clip_export.manifest import json_object
 from clip_export.precision.formats import FormatName
 from clip_export.spec import Tower, from_dict
+from clip_export.strict_json import json_object
 
 HIGH = "fp16"  # of a linear that is not quantized
 _FORMATS = ("int8", "fp8", HIGH)

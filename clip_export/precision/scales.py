@@ -39,7 +39,8 @@ def activation_limit(rows: np.ndarray, largest: np.ndarray, method: str, format_
     """The absolute value that is mapped to `format_.largest`, by one of METHODS.
 
     `rows` float32 [n, channels] is a sample; `largest` [channels] are the largest absolute values over all data. Every
-    method but `mse` stays at or below the largest of all; the limit of a tensor of zeros is `format_.largest`, for a scale of 1.
+    method but `mse` stays at or below the largest of all; the limit of a tensor of zeros is `format_.largest`, for a
+    scale of 1.
 
     Raises InputError for an unknown method, entropy in a floating format (which has no equal bins), and arrays that are
     empty or do not fit each other; ExportError for infinity or NaN; MissingDependencyError for entropy without
