@@ -11,7 +11,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 
 from clip_export.errors import ExportError, InputError
 from clip_export.precision.formats import FORMATS, Format
-from clip_export.precision.scales import METHODS, RATIOS, ROOM, activation_limit
+from clip_export.precision.scales import METHODS, RATIOS, activation_limit
 
 INT8, FP8 = FORMATS["int8"], FORMATS["fp8"]
 # Entropy loops over a thousand thresholds in Python, so it has examples of its own.
@@ -55,8 +55,7 @@ def test_a_limit_is_positive_and_cuts_nothing_that_is_not_there(rows: np.ndarray
     method, format_ = case
     limit = activation_limit(rows, largest_of(rows), method, format_)
     top = float(np.abs(rows).max())
-    most = top * ROOM if method == "mse" else top
-    assert 0 < limit <= (most if top >= 2.0**-100 else format_.largest)
+    assert 0 < limit <= (top if top >= 2.0**-100 else format_.largest)
     assert np.float32(limit / format_.largest) >= np.finfo(np.float32).tiny
 
 
@@ -76,7 +75,7 @@ def test_a_limit_is_in_the_units_of_the_rows(rows: np.ndarray, case: tuple[str, 
 def test_mse_finds_the_least_error(name: str, format_: Format) -> None:
     rows = sample(name)
     top = float(np.abs(rows).max())
-    limit = activation_limit(rows, largest_of(rows), "mse", format_) / ROOM
+    limit = activation_limit(rows, largest_of(rows), "mse", format_)
     best = min(error(rows, top * ratio, format_) for ratio in RATIOS.tolist())
     assert error(rows, limit, format_) <= best * 1.001
 
@@ -85,7 +84,7 @@ def test_mse_finds_the_least_error(name: str, format_: Format) -> None:
 def test_hardly_anything_lies_between_the_ratios(name: str) -> None:
     rows = sample(name)
     top = float(np.abs(rows).max())
-    limit = activation_limit(rows, largest_of(rows), "mse", INT8) / ROOM
+    limit = activation_limit(rows, largest_of(rows), "mse", INT8)
     between = min(error(rows, top * ratio, INT8) for ratio in np.linspace(0.02, 1, 200).tolist())
     assert error(rows, limit, INT8) <= between * 1.03
 
@@ -94,14 +93,7 @@ def test_hardly_anything_lies_between_the_ratios(name: str) -> None:
 def test_mse_is_better_than_nothing_cut_off(name: str) -> None:
     rows = sample(name)
     limits = {method: activation_limit(rows, largest_of(rows), method, INT8) for method in ("mse", "minmax")}
-    assert error(rows, limits["mse"] / ROOM, INT8) < error(rows, limits["minmax"], INT8)
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_the_room_above_the_least_error_costs_little(name: str) -> None:
-    rows = sample(name)
-    limit = activation_limit(rows, largest_of(rows), "mse", INT8)
-    assert error(rows, limit, INT8) < 1.25 * error(rows, limit / ROOM, INT8)
+    assert error(rows, limits["mse"], INT8) < error(rows, limits["minmax"], INT8)
 
 
 def test_minmax_knows_what_the_sample_missed() -> None:
@@ -157,7 +149,7 @@ def test_zeros_have_a_scale_of_one(method: str) -> None:
 def test_a_sample_of_zeros_falls_back_to_what_was_seen(method: str) -> None:
     rows = np.zeros((4, 3), dtype=np.float32)
     limit = activation_limit(rows, np.array([0, 7, 0], dtype=np.float32), method, INT8)
-    assert 0 < limit <= 7 * (ROOM if method == "mse" else 1)
+    assert 0 < limit <= 7
 
 
 def test_entropy_of_a_floating_format_means_nothing() -> None:

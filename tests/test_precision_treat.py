@@ -15,7 +15,7 @@ from clip_export.precision.formats import FORMATS, FormatName
 from clip_export.precision.linears import Linear, find_linears, find_weights
 from clip_export.precision.scales import activation_limit
 from clip_export.precision.smooth import foldable
-from clip_export.precision.treat import SEARCH_ROWS, SPREAD, STRENGTHS, Treatment, divisors, treat
+from clip_export.precision.treat import ROOMS, SEARCH_ROWS, SPREAD, STRENGTHS, Treatment, divisors, treat
 from clip_export.spec import Tower
 
 FORMAT_NAMES: tuple[FormatName, ...] = ("int8", "fp8")
@@ -40,6 +40,10 @@ class Layer:
 
 def by_hand(layer: Layer, treatment: Treatment) -> float:
     """The mean error of a row in 8 bits, in float64 and by definition, each half treated as the other one asks for."""
+    format_ = FORMATS[treatment.format]
+    whole = activation_limit(layer.rows / treatment.divisor, layer.largest / treatment.divisor, "mse", format_)
+    room = treatment.limit / whole
+    assert min(abs(room - each) for each in ROOMS) < 1e-6
     middle = len(layer.rows) // 2
     halves, errors = (layer.rows[:middle], layer.rows[middle:]), list[np.ndarray]()
     for given, judged in (halves, halves[::-1]):
@@ -47,8 +51,7 @@ def by_hand(layer: Layer, treatment: Treatment) -> float:
         seen = np.abs(given).max(axis=0)
         plain = np.ones(48, dtype=np.float32)
         divisor = plain if treatment.strength is None else divisors(layer.weights, seen, treatment.strength)
-        format_ = FORMATS[treatment.format]
-        limit = activation_limit(given / divisor, seen / divisor, "mse", format_)
+        limit = activation_limit(given / divisor, seen / divisor, "mse", format_) * room
         errors.append(row_errors(chosen, layer.weights, divisor, limit / format_.largest, treatment.format))
     return float(np.concatenate(errors).mean())
 
@@ -104,6 +107,21 @@ def test_what_is_chosen_holds_for_rows_that_were_not_seen(count: int) -> None:
 
     fits_best = min((None, *STRENGTHS), key=lambda strength: error(strength, layer.rows))
     assert error(layer.treat().strength, unseen) < 0.9 * error(fits_best, unseen)
+
+
+def test_rows_that_were_not_seen_say_whether_the_limit_is_raised() -> None:
+    """Where the halves are alike the limit of least error is right; where one of them is larger it wants room."""
+    layer, rng = Layer(outlier=1.0), np.random.default_rng(3)
+    layer.rows = rng.uniform(-1, 1, layer.rows.shape).astype(np.float32)
+    layer.rows[0], layer.rows[-1] = 1, -1  # the largest value of either half is the same
+    raised = []
+    for factor in (1.0, 1.1):
+        layer.rows[: len(layer.rows) // 2] *= np.float32(factor)
+        layer.largest = np.abs(layer.rows).max(axis=0)
+        found = layer.treat(foldable=False)
+        raised.append(found.limit / activation_limit(layer.rows, layer.largest, "mse", FORMATS["int8"]))
+    assert raised == pytest.approx(ROOMS)
+    assert layer.treat(foldable=False, method="minmax").limit == layer.largest.max()
 
 
 def long_tailed(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -5,10 +5,7 @@ A high limit leaves every value in and makes all steps coarse, a low one makes t
     minmax      the largest value seen: nothing is cut off
     percentile  above 99.99 % of the sample
     entropy     the least information lost, as TensorRT's calibration of 2017 counted it; int8 only
-    mse         the least mean squared error of what is held, and a tenth above it
-
-The tenth is for inputs unlike the sample. The limit of least error lies a little below the largest values that were
-seen, and smoothing brings every channel up to it; so near the best limit a tenth costs the sample next to nothing.
+    mse         the least mean squared error of what is held
 """
 
 from __future__ import annotations
@@ -24,8 +21,6 @@ PERCENTILE = 99.99
 # What `mse` chooses from, as parts of the largest value: a tenth less each time, down to 1/50. Near the best limit the
 # error of int8 is flat. That of fp8 waves with where the few largest values fall between its steps, which is chance.
 RATIOS = 0.9 ** np.arange(38)
-# What `mse` raises the best of them by: one step of theirs.
-ROOM = 1 / 0.9
 # Magnitudes are counted in this many bins before the error is: ten of them to a step of int8 at the smallest ratio.
 _MAGNITUDES = 2**16
 _ENTROPY_BINS = 2048
@@ -39,8 +34,7 @@ def activation_limit(rows: np.ndarray, largest: np.ndarray, method: str, format_
     """The absolute value that is mapped to `format_.largest`, by one of METHODS.
 
     `rows` float32 [n, channels] is a sample; `largest` [channels] are the largest absolute values over all data. Every
-    method but `mse` stays at or below the largest of all; the limit of a tensor of zeros is `format_.largest`, for a
-    scale of 1.
+    method stays at or below the largest of all; the limit of a tensor of zeros is `format_.largest`, for a scale of 1.
 
     Raises InputError for an unknown method, entropy in a floating format (which has no equal bins), and arrays that are
     empty or do not fit each other; ExportError for infinity or NaN; MissingDependencyError for entropy without
@@ -68,9 +62,8 @@ def _chosen(method: str, rows: np.ndarray, magnitudes: np.ndarray, top: float, f
 
 
 def _least_error(magnitudes: np.ndarray, top: float, format_: Format) -> float:
-    """That of RATIOS times `top` with the least squared error, the larger of equals, with ROOM.
+    """That of RATIOS times `top` with the least squared error, the larger of equals; `magnitudes` are in 0..top.
 
-    `magnitudes` are in 0..top.
     Both formats are symmetric, so signs do not matter (int8's -128 aside), and how often each magnitude occurs is all
     there is to know.
     """
@@ -79,7 +72,7 @@ def _least_error(magnitudes: np.ndarray, top: float, format_: Format) -> float:
     held = np.flatnonzero(every)
     centres, counts = ((held + 0.5) / _MAGNITUDES).astype(np.float32), every[held].astype(np.float64)
     errors = [_squared_error(centres, counts, format_, ratio) for ratio in RATIOS.tolist()]
-    return ROOM * top * float(RATIOS[int(np.argmin(errors))])
+    return top * float(RATIOS[int(np.argmin(errors))])
 
 
 def _squared_error(values: np.ndarray, counts: np.ndarray, format_: Format, limit: float) -> float:

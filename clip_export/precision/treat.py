@@ -1,7 +1,8 @@
 """What becomes of one linear layer in 8 bits: how its input is smoothed, where it is cut off, and what that costs.
 
 Decided from a sample of the input's rows alone: the layer's product in 8 bits is compared with the exact one, without
-smoothing and for every strength of it, and the smallest error wins. Two things make that hold for other inputs too.
+smoothing and for every strength of it, with and without room above the limit, and the smallest error wins. Two things
+make that hold for other inputs too.
 
 Every candidate is fitted to one half of the sample and judged by the other. Judged by the rows that it was fitted to,
 the strongest smoothing wins: it brings the largest value of every channel to the limit, so whatever is larger than all
@@ -31,6 +32,9 @@ STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEARCH_ROWS = 256
 # No divisor is larger, so that what is divided keeps its place in half precision.
 SPREAD = 2.0**10
+# What the limit of an input may be raised by: nothing, or one step of what it was chosen from. Where the error is flat
+# that is room for what the sample does not show, and the rows that a candidate was not fitted to know whether it helps.
+ROOMS = (1.0, 1 / 0.9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +71,9 @@ def treat(
 
     `weights` are float32 [inputs, outputs], `rows` a sample of its input in the order of the data, float32 [n, inputs],
     and `largest` [inputs] the largest absolute value of each channel over all data. `method` is one of scales.METHODS
-    and says where the input is cut off. Smoothing with each of `strengths`, 0 to 1, is tried where the input is
-    `foldable`. The same arguments give the same treatment; of equal errors the first one wins, no smoothing before all.
+    and says where the input is cut off, `mse` with each of `ROOMS`. Smoothing with each of `strengths`, 0 to 1, is
+    tried where the input is `foldable`. The same arguments give the same treatment; of equal errors the first one
+    wins, no smoothing before all and no room before some.
 
     Raises InputError for arrays that do not fit each other, an empty sample and a strength outside of 0 to 1, and what
     `activation_limit` raises: ExportError for values that are not finite.
@@ -78,19 +83,21 @@ def treat(
     whole = _Fit(weights=weights, rows=rows, largest=largest, format=format_, method=method)
     trials = list(_trials(whole))
     tried = (None, *strengths) if foldable else (None,)
-    errors = {
-        strength: float(np.mean(np.concatenate([trial.errors(strength) for trial in trials]))) for strength in tried
-    }
-    best = min(errors, key=errors.__getitem__)
-    divisor, limit = whole.fitted(best)
+    rooms = ROOMS if method == "mse" else ROOMS[:1]
+    errors = np.concatenate([[trial.errors(strength, rooms) for strength in tried] for trial in trials], axis=2)
+    mean = errors.mean(axis=2)  # [tried, rooms]
+    best, room = np.unravel_index(np.argmin(mean), mean.shape)
+    strength = tried[best]
+    divisor, limit = whole.fitted(strength)
+    limit *= rooms[room]
     return Treatment(
         linear=linear.name,
         format=format_.name,
-        strength=best,
+        strength=strength,
         divisor=divisor,
         limit=limit,
         scale=limit / format_.largest,
-        error=errors[best],
+        error=float(mean[best, room]),
     )
 
 
@@ -143,14 +150,15 @@ class _Trial:
     judges: np.ndarray
     exact: np.ndarray
 
-    def errors(self, strength: float | None) -> np.ndarray:
-        """The squared error of each product over its square, float64 [judges]; 0 for a product of zeros."""
+    def errors(self, strength: float | None, rooms: Sequence[float]) -> np.ndarray:
+        """The squared error of each product over its square, float64 [rooms, judges]; 0 for a product of zeros."""
         divisor, limit = self.fit.fitted(strength)
         format_, weights = self.fit.format, self.fit.weights * divisor[:, None]
-        held = format_.quantize(self.judges / divisor, limit / format_.largest)
-        product = held @ format_.quantize(weights, format_.weight_scales(weights))
-        lost, size = _squares(self.exact - product), _squares(self.exact)
-        errors: np.ndarray = np.divide(lost, size, out=np.zeros_like(lost), where=size > 0)
+        weights, size = format_.quantize(weights, format_.weight_scales(weights)), _squares(self.exact)
+        errors = np.zeros((len(rooms), len(size)))
+        for row, room in zip(errors, rooms, strict=True):
+            held = format_.quantize(self.judges / divisor, limit * room / format_.largest)
+            np.divide(_squares(self.exact - held @ weights), size, out=row, where=size > 0)
         return errors
 
 
