@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/clip-export context engines/demo-context "a (red:1.2) circle" --negative "blurry" --dialect comfyui
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
