@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoints_made import make_huggingface
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -506,6 +507,13 @@ def test_the_file_holds_what_a_pipeline_takes(sdxl: Bundle, tmp_path: Path) -> N
         "negative_prompt_embeds",
         "negative_pooled_prompt_embeds",
     }
+
+
+def test_chunks_are_counted_in_contexts_of_the_models_own_length(tmp_path: Path) -> None:
+    make_huggingface(tmp_path / "clip", preprocessor={}, context_length=20)
+    clip = clip_export.reference(tmp_path / "clip", Options(context=True))
+    made = clip.context(["a " * 30], dialect="comfyui")
+    assert made.hidden_states.shape[1] == 40 and made.chunks == 2
 
 
 def run(*arguments: object) -> Any:
