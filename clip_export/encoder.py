@@ -280,7 +280,7 @@ class Encoder:
             ids=self._tokenizer.ids,
             a1111_ids=self._a1111_tokenizer(number).ids,
             word=self._tokenizer.word,
-            embeddings=for_encoder(embeddings, number, **sizes),
+            embeddings=for_encoder(embeddings, number, family=spec.context.family, **sizes),
         )
 
     def run_rows(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

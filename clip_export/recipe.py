@@ -192,8 +192,8 @@ def _check_output(recipe: Recipe, *, force: bool) -> None:
 
 
 def is_bundle(checkpoint: str) -> bool:
-    """Whether what was named as a checkpoint is a bundle, to which engines are added."""
-    return checkpoint != "" and (Path(checkpoint) / MANIFEST).is_file()
+    """Whether what was named as a checkpoint is a bundle, to which engines are added; one called demo is ./demo."""
+    return checkpoint not in ("", "demo") and (Path(checkpoint) / MANIFEST).is_file()
 
 
 def _bundle(recipe: Recipe, *, force: bool, progress: Progress) -> Bundle:

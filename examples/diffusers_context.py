@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("prompt")
-    parser.add_argument("--negative", default="")
+    parser.add_argument("--negative", help="left out, it is what the pipeline makes of none: zeros in SDXL")
     parser.add_argument("--clip-skip")
     parser.add_argument("--dialect", default="diffusers")
     parser.add_argument("--steps", type=int, default=30)

@@ -16,12 +16,13 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from checkpoints_made import make_huggingface, make_openai
+from checkpoints_made import make_huggingface, make_open_clip, make_openai
 from safetensors.torch import save_file
 
 import clip_export
 from clip_export.checkpoints import Options, read
 from clip_export.errors import (
+    AmbiguousCheckpointError,
     CheckpointError,
     UnknownCheckpointError,
     UnsafeCheckpointError,
@@ -150,6 +151,27 @@ def test_a_folder_with_half_weights_alone_is_read(tmp_path: Path) -> None:
     assert read(folder, CONTEXT).spec == read(diffusion_made.folder_of("sd1"), CONTEXT).spec
 
 
+def test_shards_of_a_variant_are_read(tmp_path: Path) -> None:
+    folder = shutil.copytree(diffusion_made.folder_of("sd1"), tmp_path / "pipeline")
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    model = diffusion_made.originals("sd1")[0].text_encoder
+    model.save_pretrained(folder / "text_encoder", variant="fp16", max_shard_size="5MB")
+    index = folder / "text_encoder" / "model.safetensors.index.fp16.json"
+    assert index.is_file()
+    found = clip_export.reference(folder, CONTEXT).context([PROMPT])
+    assert np.array_equal(found.hidden_states, diffusion_made.originals("sd1")[1].context([PROMPT]).hidden_states)
+    assert read(index, CONTEXT).spec.context == ContextSpec(family="clip")
+
+
+def test_a_variant_that_is_not_known_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(diffusion_made.folder_of("sd1"), tmp_path / "pipeline")
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.rename(weights.with_name("model.non_ema.safetensors"))
+    with pytest.raises(CheckpointError, match=r"expected weights called .*, found model.non_ema.safetensors") as caught:
+        read(folder, CONTEXT)
+    assert "call the one that you mean model.safetensors" in str(caught.value.hint)
+
+
 def test_a_text_encoder_without_text_model_in_its_names_is_read(tmp_path: Path) -> None:
     """As some files of Stable Diffusion 1 have them."""
     state = diffusion_made.single_file("sd1", encoders_of("sd1"))
@@ -167,6 +189,50 @@ def test_a_plain_clip_gives_the_context_of_stable_diffusion_1(tmp_path: Path) ->
         found = read(path, dataclasses.replace(CONTEXT, activation="quick_gelu"))
         assert found.spec.context == ContextSpec(family="clip")
     assert read("demo", CONTEXT).spec.context == ContextSpec(family="clip")
+
+
+def test_a_plain_clip_is_tokenized_and_padded_as_stable_diffusion_1_is(tmp_path: Path) -> None:
+    """Context has all positions: OpenAI's own padding, zeros, would make another one of most of them."""
+    make_openai(tmp_path / "CLIP.pt")
+    make_open_clip(tmp_path / "open_clip")
+    for path, own in ((tmp_path / "CLIP.pt", "openai"), (tmp_path / "open_clip", "open_clip")):
+        plain, found = read(path), read(path, CONTEXT)
+        assert plain.spec.tokenizer is not None and (plain.spec.tokenizer.dialect, plain.spec.tokenizer.pad_id) == (
+            own,
+            0,
+        )
+        assert found.spec.tokenizer is not None and found.spec.towers == ("text",)
+        assert (found.spec.tokenizer.dialect, found.spec.tokenizer.pad_id) == (
+            "huggingface",
+            found.spec.tokenizer.end_id,
+        )
+        stated = read(path, dataclasses.replace(CONTEXT, tokenizer_dialect="openai")).spec.tokenizer
+        assert stated is not None and (stated.dialect, stated.pad_id) == ("openai", stated.end_id)
+
+
+def test_a_plain_clip_with_gelu_need_not_say_how_pictures_are_normalized(tmp_path: Path) -> None:
+    model = make_openai(tmp_path / "clip.pt")
+    state = {key: value for key, value in model.state_dict().items() if "." in key or key == "logit_scale"}
+    state |= {key: model.state_dict()[key] for key in ("positional_embedding", "text_projection")}
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "CLIP.SAFETENSORS")
+    gelu = dataclasses.replace(CONTEXT, activation="gelu")
+    assert read(tmp_path / "CLIP.SAFETENSORS", gelu).spec.towers == ("text",)
+    with pytest.raises(AmbiguousCheckpointError, match="picture statistics"):
+        read(tmp_path / "CLIP.SAFETENSORS", Options(activation="gelu"))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_pipeline_without_tokenizers_is_padded_as_its_family_is(tmp_path: Path, family: str) -> None:
+    folder = shutil.copytree(diffusion_made.folder_of(family), tmp_path / "pipeline")
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with pytest.raises(AmbiguousCheckpointError, match="no tokenizer files") as caught:
+        read(folder, CONTEXT)
+    assert "padded as the model's family is" in str(caught.value.hint)
+    expected = diffusion_made.originals(family)[1].context([PROMPT]).hidden_states
+    for dialect in ("huggingface", "open_clip"):
+        stated = dataclasses.replace(CONTEXT, tokenizer_dialect=dialect)
+        assert np.array_equal(clip_export.reference(folder, stated).context([PROMPT]).hidden_states, expected)
 
 
 # What trainers leave in their files
@@ -218,6 +284,7 @@ def test_a_ckpt_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.Ca
         (["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "a LoRA"),
         (["unet.down_blocks.0.attn.to_q.lora_A.weight"], "a LoRA"),
         (["emb_params"], "an embedding of textual inversion"),
+        (["<toy>"], "an embedding of textual inversion"),
         (["control_model.input_hint_block.0.weight"], "a ControlNet"),
         (["model.diffusion_model.x.weight", "first_stage_model.encoder.x"], "a UNet and a VAE"),
         (["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.lora_up.weight"], "a LoRA"),
@@ -235,6 +302,71 @@ def test_a_file_without_a_text_encoder_says_what_it_holds(tmp_path: Path, keys: 
     ) as caught:
         read(path, CONTEXT)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("text_model.embeddings.token_embedding.weight", "put config.json"),
+        ("model.token_embedding.weight", "name the whole checkpoint"),
+    ],
+)
+def test_a_text_encoder_by_itself_is_not_said_to_be_none(tmp_path: Path, key: str, remedy: str) -> None:
+    path = tmp_path / "clip_l.safetensors"
+    save_file({key: torch.ones(2, 2)}, path)
+    with pytest.raises(UnknownCheckpointError, match=r"clip_l.safetensors holds a text encoder by itself") as caught:
+        read(path, CONTEXT)
+    assert remedy in str(caught.value.hint)
+
+
+def test_an_embedding_of_textual_inversion_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 768)}}, tmp_path / "toy.pt")
+    for options in (CONTEXT, Options()):
+        with pytest.raises(UnknownCheckpointError, match=r"toy.pt is an embedding of textual inversion") as caught:
+            read(tmp_path / "toy.pt", options)
+        assert "--embedding" in str(caught.value.hint)
+
+
+def test_a_model_with_one_of_stable_diffusion_3s_clips_is_not_said_to_be_damaged(tmp_path: Path) -> None:
+    state = diffusion_made.single_file("sd1", encoders_of("sd1"))
+    renamed = {key.replace("cond_stage_model.", "text_encoders.clip_l."): value for key, value in state.items()}
+    save_file(renamed, tmp_path / "flux.safetensors")
+    with pytest.raises(WeightsError, match=r"no weights under text_encoders.clip_g") as caught:
+        read(tmp_path / "flux.safetensors", CONTEXT)
+    assert "such as Flux" in str(caught.value.hint)
+
+
+def test_a_text_encoder_in_8_bits_is_refused_by_that_name(tmp_path: Path) -> None:
+    state = diffusion_made.single_file("sd1", encoders_of("sd1"))
+    eighth = {
+        key: value.to(torch.float8_e4m3fn) if value.is_floating_point() else value for key, value in state.items()
+    }
+    save_file(eighth, tmp_path / "model.safetensors")
+    torch.save(eighth, tmp_path / "model.ckpt")
+    for name in ("model.safetensors", "model.ckpt"):
+        with pytest.raises(WeightsError, match="52 in 8 bits: cond_stage_model") as caught:
+            read(tmp_path / name, CONTEXT)
+        assert caught.value.hint == "take the checkpoint in fp16, bf16 or fp32"
+    unet = {key: eighth[key] if "diffusion_model" in key else value for key, value in state.items()}
+    save_file(unet, tmp_path / "unet.safetensors")
+    assert read(tmp_path / "unet.safetensors", CONTEXT).spec.context == ContextSpec(family="sd1")
+
+
+@pytest.mark.parametrize(("name", "other"), [("model.ckpt", ".safetensors"), ("model.safetensors", ".ckpt")])
+@pytest.mark.filterwarnings("error")
+def test_a_file_of_the_other_container_says_how_to_call_it(tmp_path: Path, name: str, other: str) -> None:
+    path = diffusion_made.write_single_file(tmp_path / f"right{other}", "sd1", encoders_of("sd1")).rename(
+        tmp_path / name
+    )
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        read(path, CONTEXT)
+    assert str(caught.value.hint).endswith(f"call it {other}")
+
+
+def test_what_is_no_pickle_is_refused_without_advice_to_take_a_risk(tmp_path: Path) -> None:
+    (tmp_path / "page.ckpt").write_bytes(b"<html>" * 100)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Unsupported operand 60\)"):
+        read(tmp_path / "page.ckpt", CONTEXT)
 
 
 def test_a_file_without_weights_says_so(tmp_path: Path) -> None:
@@ -305,6 +437,9 @@ def test_without_context_a_pipeline_and_a_single_file_say_what_to_do(tmp_path: P
 def test_other_pipelines_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(UnsupportedModelError, match="found a FluxPipeline"):
+        read(tmp_path, CONTEXT)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="expected _class_name, the name of a pipeline, found None"):
         read(tmp_path, CONTEXT)
 
 

@@ -197,6 +197,8 @@ def test_openclips_encoders_have_open_clips_tokenizer() -> None:
         ("a [cat|dog]", r"\[cat\|dog\] changes with each step"),
         ("a cat AND a dog", "AND in the prompt asks for several Contexts"),
         ("a fox <lora:style:0.8>", "<lora:style:0.8> asks for an extra network"),
+        ("a cat \\AND a dog", "AND in the prompt asks for several Contexts"),  # no backslash escapes these two
+        ("a fox \\<lora:style:0.8>", "<lora:style:0.8> asks for an extra network"),
         (f"a (fox:{'9' * 40})", r"expected a finite weight in the prompt, found 1e\+40"),
         ("(" * 3000 + "fox" + ")" * 3000, "expected a finite weight in the prompt"),
     ],
@@ -218,6 +220,24 @@ def test_what_is_looked_for_in_the_prompt_alone_is_text_in_a_negative_one(sd1: t
 @pytest.mark.parametrize("prompt", ["\\[cat:dog:0.5\\]", "[a:b]", "[a:b:5e]", "(a|b)", "ANDY", "a < b", "a \\<b"])
 def test_what_only_looks_like_it_is_text(sd1: tuple[Any, Encoder], prompt: str) -> None:
     assert sd1[1].context([prompt], dialect="a1111").chunks == 1
+
+
+@pytest.mark.parametrize(
+    ("commented", "plain"),
+    [
+        ("a fox # AND [red|blue]", "a fox"),
+        ("a fox #(in\nthe snow", "a fox the snow"),
+        ("#red\na fox", "a fox"),
+        ("# nothing else", ""),
+    ],
+)
+def test_what_stands_behind_a_number_sign_is_a_comment(sd1: tuple[Any, Encoder], commented: str, plain: str) -> None:
+    clip = sd1[1]
+    found = clip.context([commented], negative=[commented], dialect="a1111")
+    expected = clip.context([plain], dialect="a1111").hidden_states
+    assert np.array_equal(found.hidden_states, expected) and np.array_equal(found.negative_hidden_states, expected)
+    text = clip.context([commented], dialect="comfyui").hidden_states
+    assert not np.array_equal(text, clip.context([plain], dialect="comfyui").hidden_states)
 
 
 def test_an_embedding_stands_where_the_tokens_of_its_name_do(sd1: tuple[Any, Encoder], tmp_path: Path) -> None:

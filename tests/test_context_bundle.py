@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoints_made import make_huggingface
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from clip_export.checkpoints import Options
 from clip_export.commands import app
 from clip_export.commands.context import Dialect
 from clip_export.context import _torch_file, dialect_names, read_embeddings
+from clip_export.context.inversion import for_encoder
 from clip_export.context.layers import Layer, find_layer
 from clip_export.context_inputs import CONTEXT_INPUTS
 from clip_export.cosine import cosines
@@ -279,6 +281,10 @@ def test_the_last_block_of_stable_diffusion_2_is_not_in_diffusers_folder() -> No
         ({"prompts": []}, "expected prompts, found none"),
         ({"prompts": ["a", 1]}, "prompts 1 is not a str but int"),
         ({"prompts": [None]}, "prompts 0 is not a str but NoneType"),
+        ({"prompts": ["a", "\ud800"]}, "prompts 1 cannot be encoded: .*surrogates"),
+        ({"prompts": ["a"], "negative": ["\ud800"]}, "negative prompts 0 cannot be encoded"),
+        ({"prompts": ["a"], "embeddings": "toy.pt"}, "expected a list of embeddings .*, found 'toy.pt'"),
+        ({"prompts": ["a"], "embeddings": Path("toy.pt")}, "expected a list of embeddings .*, found 'toy.pt'"),
         ({"prompts": ["a", "b"], "negative": ["c"]}, "expected a negative prompt for each of 2 prompts, found 1"),
         ({"prompts": ["a"], "dialect": "midjourney"}, "there is no dialect 'midjourney' of prompts"),
         ({"prompts": ["(a)+ .blend("], "dialect": "compel", "negative": ["()"]}, "finds no text"),
@@ -356,6 +362,26 @@ def test_sdxls_embeddings_have_vectors_for_both_encoders(sdxl: Bundle, tmp_path:
         wrong = save_embedding(tmp_path / "one.safetensors", {"emb_params": torch.ones(2, 128)})
         with pytest.raises(InputError, match="the embedding 'one' is for one text encoder, and this model has 2"):
             clip.context(["a"], embeddings=[wrong])
+
+
+def test_two_embeddings_of_one_stem_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    first = save_embedding(tmp_path / "toy.pt", {"x": torch.ones(2, 64)})
+    for place in ("toy.safetensors", "b/toy.pt"):
+        second = save_embedding(tmp_path / place, {"x": torch.zeros(2, 64)})
+        with pytest.raises(InputError, match=r"two embeddings are called 'toy': .*toy.pt and .*toy") as caught:
+            read_embeddings([first, second])
+        assert caught.value.hint
+        assert read_embeddings({"a": first, "b": second}).keys() == {"a", "b"}
+    assert read_embeddings([first, first]).keys() == {"toy"}
+
+
+def test_the_refiner_takes_the_vectors_for_bigg() -> None:
+    parts = {"clip_l": np.zeros((1, 128), np.float32), "clip_g": np.ones((1, 192), np.float32)}
+    sizes = {"encoders": 1, "first_id": 49408, "room": 75}
+    refiner = for_encoder({"toy": parts}, 0, family="sdxl_refiner", width=192, **sizes)
+    assert refiner["toy"][0].values[0] == 1
+    assert for_encoder({"toy": parts}, 0, family="sd1", width=128, **sizes)["toy"][0].values[0] == 0
 
 
 class Harmful:
@@ -483,6 +509,13 @@ def test_the_file_holds_what_a_pipeline_takes(sdxl: Bundle, tmp_path: Path) -> N
     }
 
 
+def test_chunks_are_counted_in_contexts_of_the_models_own_length(tmp_path: Path) -> None:
+    make_huggingface(tmp_path / "clip", preprocessor={}, context_length=20)
+    clip = clip_export.reference(tmp_path / "clip", Options(context=True))
+    made = clip.context(["a " * 30], dialect="comfyui")
+    assert made.hidden_states.shape[1] == 40 and made.chunks == 2
+
+
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -506,12 +539,22 @@ def test_the_command_takes_several_prompts_and_one_negative(demo: Bundle) -> Non
     assert found.exit_code == 1 and "clip_skip '2' names no layer" in found.output and "hint:" in found.output
 
 
-@pytest.mark.parametrize(("dialect", "said"), [("diffusers", True), ("a1111", False), ("comfyui", False)])
-def test_the_command_says_that_diffusers_takes_weights_for_text(demo: Bundle, dialect: str, said: bool) -> None:
-    note = "note: (blur:1.3) is text to the dialect diffusers"
+@pytest.mark.parametrize(
+    ("dialect", "said"), [("diffusers", True), ("compel", True), ("a1111", False), ("comfyui", False)]
+)
+def test_the_command_says_that_two_dialects_take_weights_for_text(demo: Bundle, dialect: str, said: bool) -> None:
+    note = f"note: (blur:1.3) is text to the dialect {dialect}"
     found = run("context", demo.path, "a (red) fox", "--negative", "(blur:1.3)", "--dialect", dialect)
     assert found.exit_code == 0 and (note in found.stderr) == said
     assert "note" not in run("context", demo.path, "a (red) fox: 1.3", "--dialect", dialect).stderr
+
+
+@pytest.mark.parametrize("name", ["context.pt", "context"])
+def test_a_context_is_written_as_safetensors_and_as_nothing_else(demo: Bundle, tmp_path: Path, name: str) -> None:
+    found = run("context", demo.path, "a fox", "-o", tmp_path / name)
+    assert found.exit_code == 1 and "a Context is written as .safetensors, found the suffix" in found.stderr
+    assert "hint: -o context.safetensors" in found.stderr and not found.stdout and not list(tmp_path.iterdir())
+    assert run("context", demo.path, "a fox", "-o", tmp_path / "A.SAFETENSORS").exit_code == 0
 
 
 def test_the_command_takes_a_precision(demo: Bundle) -> None:

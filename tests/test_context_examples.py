@@ -84,6 +84,28 @@ def test_a_pipeline_draws_the_same_from_our_context_as_from_its_own_encoder(clip
     assert np.abs(other - expected).max() > 1e-3
 
 
+def test_the_example_draws_what_the_pipeline_draws_where_no_negative_prompt_is_given(
+    clip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, and not an empty one: in SDXL the two are different."""
+    example = imported(EXAMPLES / "diffusers_context.py")
+    whole_pipeline(tmp_path / "pipeline")
+    asked: list[Any] = []
+    encode = clip.context
+
+    def context(prompts: list[str], **arguments: Any) -> clip_export.Context:
+        asked.append(arguments["negative"])
+        return encode(prompts, **arguments)
+
+    monkeypatch.setattr(clip, "context", context)
+    monkeypatch.setattr(clip_export, "load", lambda bundle: clip)
+    picture = tmp_path / "fox.png"
+    arguments = ["bundle", str(tmp_path / "pipeline"), "a fox", "--steps", "1", "-o", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["diffusers_context.py", *arguments])
+    example.main()
+    assert asked == [[None]] and picture.is_file()
+
+
 def test_comfyuis_nodes_give_conditioning(clip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = imported(EXAMPLES / "comfyui_clip_export" / "__init__.py")
     assert set(nodes.NODE_CLASS_MAPPINGS) == set(nodes.NODE_DISPLAY_NAME_MAPPINGS)

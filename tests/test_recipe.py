@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from clip_export.bundle import Bundle
 from clip_export.commands import app
 from clip_export.errors import InputError
-from clip_export.recipe import Recipe, read_recipe
+from clip_export.recipe import Recipe, is_bundle, read_recipe
 
 RECIPES = Path(__file__).parents[1] / "engines" / "recipes"
 RTX = ("--engine", "tensorrt-rtx", "--gpu", "sm_86")
@@ -198,3 +198,12 @@ def test_ctrl_c_while_a_plan_is_built_leaves_the_bundle_as_it_was(bundle: Path) 
     assert (process.returncode, errors) == (130, "interrupted; nothing half-written was left\n")
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_the_demo_is_the_packages_own_where_a_bundle_is_called_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert not is_bundle("demo") and is_bundle("./demo") and is_bundle(str(tmp_path / "demo"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from clip_export.checkpoints import Source
 from clip_export.errors import CheckpointError
 
 INDEX = ".index.json"
+_VARIANT = re.compile(r"(.*)\.(\w+)(\.\w+)")  # model.fp16.safetensors
 
 _LFS_MAGIC = b"version https://git-lfs.github.com/spec/v1"
 
@@ -46,16 +48,24 @@ def reject_lfs_pointer(path: Path) -> None:
 
 
 def find_weights(directory: Path, names: Sequence[str]) -> list[Path]:
-    """The weight files under the first of `names` that is there, whole or in shards listed by `<name>.index.json`.
+    """The weight files under the first of `names` that is there, whole or in the shards that its index lists.
 
     An empty list if there are none. For shards the index comes first. Raises CheckpointError for a missing shard.
     """
     for name in names:
         if (directory / name).is_file():
             return [directory / name]
-        if (directory / (name + INDEX)).is_file():
-            return [directory / (name + INDEX), *_shards(directory / (name + INDEX))]
+        index = directory / index_name(name)
+        if index.is_file():
+            return [index, *_shards(index)]
     return []
+
+
+def index_name(weights: str) -> str:
+    """What transformers calls the index of shards: model.safetensors.index.json, model.safetensors.index.fp16.json."""
+    if variant := _VARIANT.fullmatch(weights):
+        return f"{variant[1]}{variant[3]}.index.{variant[2]}.json"
+    return weights + INDEX
 
 
 def _shards(index: Path) -> list[Path]:

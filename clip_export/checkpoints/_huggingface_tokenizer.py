@@ -42,7 +42,7 @@ def tokenizer_spec(
     else:
         dialect = options.tokenizer_dialect
         if dialect is None or (folder is None and text.vocab_size != VOCAB_SIZE):
-            raise _no_tokenizer(text)
+            raise _no_tokenizer(text, context=options.context)
         spec, tokenizer_json = clip_tokenizer(text, dialect, pooling)
     if end_id is not None and spec.end_id != end_id:
         raise CheckpointError(
@@ -61,7 +61,7 @@ def _tokenizer_folder(directory: Path) -> Path | None:
     return next((f for f in folders if (f / "tokenizer.json").is_file() or (f / "vocab.json").is_file()), None)
 
 
-def _no_tokenizer(text: TextSpec) -> AmbiguousCheckpointError:
+def _no_tokenizer(text: TextSpec, *, context: bool) -> AmbiguousCheckpointError:
     copy = (
         "copy the tokenizer files of the original beside the weights: tokenizer.json, or vocab.json and merges.txt, "
         "with tokenizer_config.json and special_tokens_map.json"
@@ -71,6 +71,12 @@ def _no_tokenizer(text: TextSpec) -> AmbiguousCheckpointError:
             f"no tokenizer files in the checkpoint, and its text tower embeds {text.vocab_size} ids, "
             f"not the {VOCAB_SIZE} of CLIP's own vocabulary",
             hint=copy,
+        )
+    if context:
+        return AmbiguousCheckpointError(
+            "no tokenizer files in the checkpoint, and none in tokenizer/ or tokenizer_2/ beside its text encoder",
+            hint=f"{copy}; or, for CLIP's own vocabulary, state --tokenizer-dialect huggingface: it is padded as the "
+            "model's family is",
         )
     return AmbiguousCheckpointError(
         "no tokenizer files in the checkpoint: its tokenizer, and what it pads texts with, are not known",

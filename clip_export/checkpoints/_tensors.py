@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_export.checkpoints._files import INDEX, reject_lfs_pointer
-from clip_export.errors import CheckpointError, UnsafeCheckpointError, WeightsError
+from clip_export.checkpoints._files import reject_lfs_pointer
+from clip_export.errors import CheckpointError, UnknownCheckpointError, UnsafeCheckpointError, WeightsError
 from clip_export.spec import Shape
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF
 
 # How torch's weights_only unpickler names a global that it refuses.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+# Where that unpickler's message says what is wrong; before it stands how to read the file without it.
+_UNPICKLER = re.compile(r"WeightsUnpickler error:\s*(.+)")
 
 
 class _Inert:
@@ -61,9 +63,9 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
-        if path.name.endswith(INDEX):
+        if path.suffix == ".json":
             continue
-        found = read_safetensors(path) if path.suffix == ".safetensors" else read_state_dict(path)
+        found = read_safetensors(path) if path.suffix.lower() == ".safetensors" else read_state_dict(path)
         if twice := sorted(tensors.keys() & found.keys()):
             raise WeightsError(f"{path.name} repeats a weight of another shard: {twice[0]}")
         tensors |= found
@@ -98,7 +100,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def _no_safetensors(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{path.name}: expected a safetensors file, found one that cannot be read ({error})",
-        hint="it is corrupt or truncated; fetch it again",
+        hint=_misnamed(path) or "it is corrupt or truncated; fetch it again",
     )
 
 
@@ -114,6 +116,11 @@ def read_state_dict(path: Path) -> dict[str, StoredTensor]:
         found = found["state_dict"]
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path.name}: expected a state dict, found {type(found).__name__}")
+    if "string_to_param" in found:
+        raise UnknownCheckpointError(
+            f"{path.name} is an embedding of textual inversion, and no model",
+            hint="give it to `clip-export context` as an --embedding, with the bundle of the model that it is for",
+        )
     others = [key for key, value in found.items() if not isinstance(value, torch.Tensor)]
     if others or not found:
         held = ", ".join(f"{key!r}: {type(found[key]).__name__}" for key in others[:10])
@@ -172,6 +179,12 @@ def _first_foreign_global(path: Path) -> str | None:
     torch's unpickler stops at the first opcode that torch.save does not write, before it has seen what a pickle of
     another protocol would call.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # escapes in what is no pickle
+        return _foreign_global(path)
+
+
+def _foreign_global(path: Path) -> str | None:
     strings: list[str] = []
     try:
         for opcode, argument in _opcodes(path):
@@ -202,9 +215,21 @@ def _opcodes(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()
+    reason = _UNPICKLER.search(str(error)) or re.search(r"(.+)", str(error))  # its first line is advice to take a risk
     return CheckpointError(
         f"{path.name}: expected a file that torch.save wrote, found one that cannot be read "
-        f"({reason[0] if reason else type(error).__name__})",
-        hint="it is corrupt, truncated or no checkpoint; fetch it again",
+        f"({reason[1].strip() if reason else type(error).__name__})",
+        hint=_misnamed(path) or "it is corrupt, truncated or no checkpoint; fetch it again",
     )
+
+
+def _misnamed(path: Path) -> str | None:
+    """What to do with a file that is of the other container than its suffix says."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return None  # which is what is wrong with it, and said already
+    if path.suffix.lower() == ".safetensors":
+        return "it begins as a file of torch.save does: call it .ckpt" if start.startswith(b"PK\3\4") else None
+    return "it begins as a safetensors file does: call it .safetensors" if start[8:] == b"{" else None

@@ -74,15 +74,28 @@ def bind(
         "misshapen": [
             f"{k} is {_shape(t.shape)}, not {_shape(wanted[k])}" for k, t in there.items() if t.shape != wanted[k]
         ],
-        "not floating point": [f"{key} is {t.dtype}" for key, t in there.items() if t.dtype not in FLOATING],
+        "not floating point": [f"{key} is {t.dtype}" for key, t in there.items() if not _is_floating(t)],
+        "in 8 bits": [f"{key} is {t.dtype}" for key, t in there.items() if _in_eight_bits(t)],
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind}: {_capped(names)}" for kind, names in problems.items() if names)
+        alone = [kind for kind, names in problems.items() if names] == ["in 8 bits"]
         raise WeightsError(
             f"the weights are not those of the model that the checkpoint describes: {listed}",
-            hint="weights and config may be of different models, or the model has parts that are not supported",
+            hint="take the checkpoint in fp16, bf16 or fp32"
+            if alone
+            else "weights and config may be of different models, or the model has parts that are not supported",
         )
     return Weights(stored, {name: recipes[name] for name in shapes})
+
+
+def _in_eight_bits(tensor: StoredTensor) -> bool:
+    """One of the floating point types that some keep a UNet in: float8_e4m3fn, F8_E5M2."""
+    return tensor.dtype.lower().startswith(("float8", "f8_"))
+
+
+def _is_floating(tensor: StoredTensor) -> bool:
+    return tensor.dtype in FLOATING or _in_eight_bits(tensor)
 
 
 def scalar(stored: Mapping[str, StoredTensor], key: str) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from clip_export.checkpoints import Checkpoint, Options, _hub
 from clip_export.checkpoints._config import Section
-from clip_export.checkpoints._files import INDEX, base_name, find_weights, read_json, source
+from clip_export.checkpoints._files import base_name, find_weights, index_name, read_json, source
 from clip_export.checkpoints._huggingface_config import (
     CONFIG,
     Architecture,
@@ -87,7 +87,7 @@ def read(checkpoint: str | Path, options: Options) -> Checkpoint:
 
 
 def _weight_names() -> list[str]:
-    return [name + suffix for name in (*WEIGHTS, *_HALVES) for suffix in ("", INDEX)]
+    return [name for weights in (*WEIGHTS, *_HALVES) for name in (weights, index_name(weights))]
 
 
 def _locate(checkpoint: str | Path) -> _Files:
@@ -102,17 +102,25 @@ def _locate(checkpoint: str | Path) -> _Files:
             )
         return _Files(checkpoint, directory, find_weights(directory, WEIGHTS))
     if checkpoint.is_file():
-        weights = find_weights(checkpoint.parent, [checkpoint.name.removesuffix(INDEX)])
+        named = next(name for name in (*WEIGHTS, *_HALVES) if checkpoint.name in (name, index_name(name)))
+        weights = find_weights(checkpoint.parent, [named])
         return _Files(base_name(checkpoint), checkpoint.parent, weights)
     return _Files(base_name(checkpoint), checkpoint, find_weights(checkpoint, (*WEIGHTS, *_HALVES)))
 
 
 def _require_weights(files: _Files) -> None:
-    if not files.weights:
+    if files.weights:
+        return
+    others = sorted(path.name for path in files.directory.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if others:
         raise CheckpointError(
-            f"{files.name} has {CONFIG} but no weights, expected {' or '.join(WEIGHTS)}, whole or in shards",
-            hint="a download without git-lfs or of the configs only leaves this",
+            f"{files.name}: expected weights called {' or '.join(WEIGHTS)}, found {', '.join(others[:3])}",
+            hint="call the one that you mean model.safetensors, or pytorch_model.bin if torch.save wrote it",
         )
+    raise CheckpointError(
+        f"{files.name} has {CONFIG} but no weights, expected {' or '.join(WEIGHTS)}, whole or in shards",
+        hint="a download without git-lfs or of the configs only leaves this",
+    )
 
 
 def _spec(

@@ -21,6 +21,7 @@ from clip_export.checkpoints._weights import bind, scalar
 from clip_export.errors import CheckpointError, UnsupportedModelError
 from clip_export.spec import (
     Activation,
+    Dialect,
     ImageSpec,
     Interpolation,
     ModelSpec,
@@ -36,6 +37,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 EXPECTS = f"a directory, or hf-hub:org/name, with {CONFIG} and {' or '.join(WEIGHTS)}"
 
 _PREFIX = "hf-hub:"
+_DIALECT: dict[bool, Dialect] = {False: "open_clip", True: "huggingface"}  # by whether Context is wanted: as its tools
 
 # Keys with the only value that is supported; a missing key means the first. None, {} and "" mean "off" in all of them.
 _CUSTOM_ATTENTION: dict[str, tuple[Any, ...]] = {
@@ -120,7 +122,7 @@ def read(checkpoint: str | Path, options: Options) -> Checkpoint:
     model, preprocess = _sections(files.config)
     reject_other_families(stored)
     text, image = _text(model, options), _image(model, options)
-    tokenizer, tokenizer_json = clip_tokenizer(text, options.tokenizer_dialect or "open_clip", "argmax")
+    tokenizer, tokenizer_json = clip_tokenizer(text, options.tokenizer_dialect or _DIALECT[options.context], "argmax")
     spec = ModelSpec(
         text=text,
         image=image,

@@ -32,11 +32,21 @@ from clip_export.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from clip_export.spec import Activation, ImageSpec, ModelSpec, PreprocessSpec, TextSpec, TransformerSpec, weight_shapes
+from clip_export.spec import (
+    Activation,
+    Dialect,
+    ImageSpec,
+    ModelSpec,
+    PreprocessSpec,
+    TextSpec,
+    TransformerSpec,
+    weight_shapes,
+)
 
 EXPECTS = "a file (.pt, .pth, .bin, .ckpt or .safetensors) with a TorchScript archive or a state dict in OpenAI's names"
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_DIALECT: dict[bool, Dialect] = {False: "openai", True: "huggingface"}  # by whether Context is wanted: as its tools
 _HEAD_WIDTH = 64
 _WIDEST = 1024  # the widest image tower with 64 values a head
 _FACTS = ("input_resolution", "context_length", "vocab_size")  # buffers of OpenAI's archives; no weights
@@ -79,7 +89,7 @@ class _State:
 
 def claims(checkpoint: str | Path) -> bool:
     """A weights file that does not belong to a directory of another format."""
-    if not isinstance(checkpoint, Path) or not checkpoint.is_file() or checkpoint.suffix not in _SUFFIXES:
+    if not isinstance(checkpoint, Path) or not checkpoint.is_file() or checkpoint.suffix.lower() not in _SUFFIXES:
         return False
     from clip_export.checkpoints import huggingface, open_clip
 
@@ -94,7 +104,7 @@ def read(checkpoint: str | Path, options: Options) -> Checkpoint:
     activation = _activation(path, state, options)
     text, image = _text(state, activation), _image(state, activation)
     _check_facts(state, text, image)
-    tokenizer, tokenizer_json = clip_tokenizer(text, options.tokenizer_dialect or "openai", "argmax")
+    tokenizer, tokenizer_json = clip_tokenizer(text, options.tokenizer_dialect or _DIALECT[options.context], "argmax")
     spec = ModelSpec(
         text=text,
         image=image,
@@ -162,7 +172,7 @@ def _activation(path: Path, state: _State, options: Options) -> Activation:
             hint="state --activation quick_gelu for OpenAI's, DFN's or MetaCLIP's weights, or --activation gelu "
             f"--preprocess-dialect openai for LAION's; or {_BESIDE}",
         )
-    if activation == "gelu" and options.preprocess_dialect is None:
+    if activation == "gelu" and options.preprocess_dialect is None and options.wants("image"):
         raise AmbiguousCheckpointError(
             f"{path.name}: GELU weights were trained with different picture statistics (CLIP's, or 0.5), and the file "
             "does not say which",

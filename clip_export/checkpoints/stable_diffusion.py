@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 from clip_export.checkpoints import Checkpoint, Options, Source, huggingface, openai
 from clip_export.checkpoints._clip import VOCAB_SIZE, clip_tokenizer
 from clip_export.checkpoints._files import base_name, read_json, source
+from clip_export.checkpoints._huggingface_tokenizer import TOKENIZER_FILES
+from clip_export.checkpoints._no_text_encoder import LORA, held_in, no_text_encoder
 from clip_export.checkpoints._openai_layout import text_recipes as openai_text_recipes
 from clip_export.checkpoints._tensors import StoredTensor, read_safetensors, read_state_dict
 from clip_export.checkpoints._weights import Recipe, Weights, bind
-from clip_export.errors import CheckpointError, UnknownCheckpointError, UnsupportedModelError, WeightsError
+from clip_export.errors import CheckpointError, UnsupportedModelError, WeightsError
 from clip_export.spec import (
     Activation,
     ContextSpec,
@@ -46,6 +48,9 @@ _DIGITS = 9  # of a block's number; longer ones are not even made numbers of
 _HEAD_WIDTH = 64  # of every text encoder in the table
 _SD2_BLOCKS_LEFT_OUT = 1  # diffusers' converter drops the last of 24, which Stable Diffusion 2 has no use for
 
+_ABSENT: dict[Family, str] = {
+    "sd3": "Stable Diffusion 3 has both; a model with one of them beside T5, such as Flux, is not supported"
+}
 _ZEROED: tuple[Family, ...] = ("sdxl", "sdxl_refiner")  # diffusers gives zeros where no negative prompt is given
 
 
@@ -99,25 +104,6 @@ _PIPELINES: dict[str, tuple[Family, tuple[str, ...]]] = {
     "LatentConsistencyModel": ("sd1", ("text_encoder",)),
 }
 
-_LORA = "a LoRA"
-# What else people have in files of this kind, by a part of a key.
-_OTHERS = (
-    (re.compile(r"lora_(te|unet|down|up|[AB])|lora\.(up|down)|hada_w1|lokr_|\.alpha$"), _LORA),
-    (re.compile(r"string_to_param|emb_params|^clip_[lg]$"), "an embedding of textual inversion"),
-    (re.compile(r"control_model\.|controlnet_cond_embedding|input_hint_block"), "a ControlNet"),
-    (
-        re.compile(r"^model\.diffusion_model\.|^down_blocks\.|^diffusion_model\.|^joint_blocks\.|^input_blocks\."),
-        "a UNet",
-    ),
-    (re.compile(r"^first_stage_model\.|^(encoder|decoder)\.(down|up|mid|conv)"), "a VAE"),
-    (re.compile(r"^encoder\.block\.\d+\.layer\.|^text_encoders\.t5"), "a T5 text encoder"),
-)
-_REMEDIES = {
-    _LORA: "a LoRA has no text encoder of its own: merge it into its checkpoint, and build that",
-    "an embedding of textual inversion": "give it to context(..., embeddings=…), and build the checkpoint it is for",
-}
-_NO_ENCODER = "name the whole checkpoint, or the pipeline's folder; a UNet or a VAE alone cannot encode a prompt"
-
 
 def claims(checkpoint: str | Path) -> bool:
     """A folder with model_index.json; of files, `read` of the package asks `is_single_file`, and only for Context."""
@@ -150,7 +136,8 @@ def read(checkpoint: str | Path, options: Options) -> Checkpoint:
 def of_clip(found: Checkpoint) -> Checkpoint:
     """A checkpoint that another format has read, with its text tower to give Context: as Stable Diffusion 1 takes it.
 
-    A tower as diffusers keeps that of Stable Diffusion 2, 23 blocks 1024 wide with GELU, is taken as that.
+    A tower as diffusers keeps that of Stable Diffusion 2, 23 blocks 1024 wide with GELU, is taken as that. Of a whole
+    CLIP the text tower is left.
     """
     text = found.spec.text
     if text is None:
@@ -164,7 +151,18 @@ def of_clip(found: Checkpoint) -> Checkpoint:
     shape = text.transformer
     second = (shape.width, shape.layers, shape.activation) == (1024, 23, "gelu")
     context = ContextSpec(family="sd2", missing_blocks=_SD2_BLOCKS_LEFT_OUT) if second else ContextSpec(family="clip")
-    return dataclasses.replace(found, spec=dataclasses.replace(found.spec, context=context))
+    spec = dataclasses.replace(found.spec.select(("text",)), context=context)
+    return _padded(dataclasses.replace(found, spec=spec), with_end=not second)
+
+
+def _padded(found: Checkpoint, *, with_end: bool) -> Checkpoint:
+    """Padded as the tools pad, unless tokenizer files say how: Context has all positions, those of the padding too."""
+    tokenizer = found.spec.tokenizer
+    assert tokenizer is not None
+    if any(Path(name).name in TOKENIZER_FILES for name in found.source.sha256):
+        return found
+    tokenizer = dataclasses.replace(tokenizer, pad_id=tokenizer.end_id if with_end else 0)
+    return dataclasses.replace(found, spec=dataclasses.replace(found.spec, tokenizer=tokenizer))
 
 
 def _read_folder(path: Path, options: Options) -> Checkpoint:
@@ -189,6 +187,8 @@ def _read_folder(path: Path, options: Options) -> Checkpoint:
     missing_blocks = 0
     if family == "sd1" and text.transformer.activation == "gelu":
         family, missing_blocks = "sd2", _SD2_BLOCKS_LEFT_OUT
+    first = family in ("sd1", "sdxl", "sd3")  # begins with CLIP-L, which is padded with the end token
+    encoders = [_padded(one, with_end=first and number == 0) for number, one in enumerate(encoders)]
     zero = bool(index.get("force_zeros_for_empty_prompt", family in _ZEROED))
     made = source("stable_diffusion", base_name(path), path, [path / MODEL_INDEX])
     for name, encoder in zip(present, encoders, strict=True):
@@ -197,7 +197,11 @@ def _read_folder(path: Path, options: Options) -> Checkpoint:
 
 
 def _pipeline(index: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
-    name = str(index.get("_class_name"))
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"{MODEL_INDEX}: expected _class_name, the name of a pipeline, found {name!r}", hint="fetch the file again"
+        )
     for start, found in _PIPELINES.items():
         if name.startswith(start):
             return found
@@ -231,44 +235,26 @@ def _joined(encoders: list[Checkpoint], context: ContextSpec, made: Source) -> C
 
 def _read_file(path: Path, options: Options) -> Checkpoint:
     stored = read_safetensors(path) if path.suffix.lower() == ".safetensors" else read_state_dict(path)
-    if _LORA in _held(stored):  # with the names of the text encoder that it changes
-        raise _no_encoder(path, stored)
+    if LORA in held_in(stored):  # with the names of the text encoder that it changes
+        raise no_text_encoder(path, stored)
     found = next(
         ((family, parts) for key, family, parts in _SINGLE_FILES if any(map(key.match, stored))),
         None,
     )
     if found is None and any(map(_OPENAI_CLIP.fullmatch, stored)):
-        return of_clip(openai.read(path, options))
+        return of_clip(openai.read(path, dataclasses.replace(options, towers=options.towers or ("text",))))
     if found is None:
-        raise _no_encoder(path, stored)
+        raise no_text_encoder(path, stored)
     family, parts = found
     absent = [part.prefix for part in parts if not any(key.startswith(part.prefix) for key in stored)]
     if absent:
         raise WeightsError(
             f"{path.name} is laid out as {family}, and has no weights under {', '.join(absent)}",
-            hint="one of its text encoders was left out when it was saved",
+            hint=_ABSENT.get(family, "one of its text encoders was left out when it was saved"),
         )
     made = source("stable_diffusion", base_name(path), path.parent, [path])
     encoders = [_file_encoder(part, stored, options, made) for part in parts]
     return _joined(encoders, ContextSpec(family=family, zero_negative=family in _ZEROED), made)
-
-
-def _no_encoder(path: Path, stored: Mapping[str, StoredTensor]) -> UnknownCheckpointError:
-    """Says what the file holds instead."""
-    if not stored:
-        return UnknownCheckpointError(f"{path.name} has no text encoder; it holds no weights at all", hint=_NO_ENCODER)
-    held = _held(stored)
-    keys = list(stored)
-    shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-    what = " and ".join(held) if held else "nothing that is known here"
-    return UnknownCheckpointError(
-        f"{path.name} has no text encoder; it holds {what} ({shown})",
-        hint=next((_REMEDIES[name] for name in held if name in _REMEDIES), _NO_ENCODER),
-    )
-
-
-def _held(stored: Mapping[str, StoredTensor]) -> list[str]:
-    return [what for pattern, what in _OTHERS if any(map(pattern.search, stored))]
 
 
 def _file_encoder(part: _Encoder, stored: Mapping[str, StoredTensor], options: Options, made: Source) -> Checkpoint:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 # The dialects there are: importing them here would load what --help must not wait for. A test compares the two.
 Dialect = Literal["a1111", "comfyui", "compel", "diffusers"]
 
+# Those to whom (words:1.2) is no weight, and what it is to them.
+_OTHER_WEIGHTS = {
+    "diffusers": "brackets and all; to comfyui and a1111 it is a weight",
+    "compel": "whose weights are written (words)1.2; to comfyui and a1111 it is a weight",
+}
+
 
 def context(
     bundle: Annotated[
@@ -62,17 +68,17 @@ def context(
     shapes are printed on stdout.
     """
     import clip_export
+    from clip_export.context.result import require_suffix
 
+    if output is not None:
+        require_suffix(output)  # before the work, not after it
     negatives = negative * len(prompts) if negative is not None and len(negative) == 1 else negative
     with clip_export.load(bundle, backend=backend, device=device, precision=precision) as encoder:
         made = encoder.context(
             prompts, negative=negatives, clip_skip=clip_skip, dialect=dialect, embeddings=embedding or ()
         )
-    if dialect == "diffusers" and (weights := _weights([*prompts, *(negative or ())])):
-        say(
-            f"note: {weights} is text to the dialect diffusers, brackets and all; to comfyui, a1111 and compel it is a"
-            " weight"
-        )
+    if dialect in _OTHER_WEIGHTS and (weights := _weights([*prompts, *(negative or ())])):
+        say(f"note: {weights} is text to the dialect {dialect}, {_OTHER_WEIGHTS[dialect]}")
     if output is not None:
         made.save(output)
     shapes = _shapes(made)
@@ -85,7 +91,7 @@ def context(
 
 
 def _weights(prompts: list[str]) -> str | None:
-    """The first `(words:1.2)` of `prompts`, which diffusers' pipelines do not weigh."""
+    """The first `(words:1.2)` of `prompts`, which diffusers' pipelines and compel do not weigh."""
     found = (re.search(r"\([^()]+:\s*[+-]?[\d.]+\)", prompt) for prompt in prompts)
     return next((match.group() for match in found if match), None)
 

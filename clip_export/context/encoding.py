@@ -76,6 +76,7 @@ def encode_context(
         negative_pooled=None if other is None else other.pooled,
         dialect=dialect,
         clip_skip=layer.name,
+        context_length=units[0].text.context_length,
     )
 
 
@@ -101,6 +102,11 @@ def _checked(prompts: object, what: str, *, none: bool = False) -> tuple[str | N
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) and not (none and prompt is None):
             raise InputError(f"{what} {index} is not a str but {type(prompt).__name__}", hint="give texts")
+        try:
+            (prompt or "").encode()
+        except UnicodeEncodeError as error:
+            hint = "decode its bytes with errors='replace', or leave it out"
+            raise InputError(f"{what} {index} cannot be encoded: {error}", hint=hint) from error
     if not prompts:
         raise InputError(f"expected {what}, found none", hint='[""] is one empty prompt')
     return tuple(prompts)

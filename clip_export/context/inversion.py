@@ -21,6 +21,7 @@ from clip_export.context._torch_file import read_torch_file
 from clip_export.context.result import Floats
 from clip_export.context.units import Vector
 from clip_export.errors import InputError
+from clip_export.spec import Family
 
 __all__ = ["for_encoder", "read_embeddings"]
 
@@ -35,26 +36,48 @@ def read_embeddings(
 ) -> dict[str, dict[str, Floats]]:
     """Name -> vectors by encoder: "" for a file that is for one encoder, else clip_l and clip_g; float32 [n, width].
 
-    `files` are named by their stems where no names are given. Raises InputError for a file that holds something else.
+    `files` are named by their stems where no names are given. Raises InputError for a file that holds something else,
+    and for two of one stem: a prompt could mean but one of them.
     """
-    named = files if isinstance(files, Mapping) else {Path(os.fspath(file)).stem: file for file in files}
+    if isinstance(files, (str, bytes, os.PathLike)):
+        found = f"expected a list of embeddings or a mapping of names to them, found {os.fsdecode(files)!r}"
+        raise InputError(found, hint="put it into a list: [file]")
+    named = files if isinstance(files, Mapping) else _by_stem(files)
     for name, file in named.items():
         if not name.strip():
             raise InputError(f"the embedding {os.fspath(file)} has no name", hint="a name is what a prompt has of it")
     return {name: _read(Path(os.fspath(file))) for name, file in named.items()}
 
 
+def _by_stem(files: Sequence[str | os.PathLike[str]]) -> dict[str, str | os.PathLike[str]]:
+    named: dict[str, str | os.PathLike[str]] = {}
+    for file in files:
+        stem = Path(os.fspath(file)).stem
+        if stem in named and Path(named[stem]) != Path(file):
+            message = f"two embeddings are called {stem!r}: {os.fspath(named[stem])} and {os.fspath(file)}"
+            raise InputError(message, hint="rename one, or name them: embeddings={name: file}")
+        named[stem] = file
+    return named
+
+
 def for_encoder(
-    embeddings: Mapping[str, Mapping[str, Floats]], number: int, *, encoders: int, width: int, first_id: int, room: int
+    embeddings: Mapping[str, Mapping[str, Floats]],
+    number: int,
+    *,
+    family: Family,
+    encoders: int,
+    width: int,
+    first_id: int,
+    room: int,
 ) -> dict[str, list[Vector]]:
-    """The vectors for one encoder of a model with `encoders`, by name.
+    """The vectors for one encoder of a model with `encoders`, by name. The refiner's one is SDXL's second.
 
     Raises InputError for an embedding of another width, or for another number of encoders.
     """
     found: dict[str, list[Vector]] = {}
     next_id = first_id
     for name, parts in embeddings.items():
-        key = "" if "" in parts else _KEYS[number] if encoders > 1 else _KEYS[0]
+        key = "" if "" in parts else _KEYS[1] if family == "sdxl_refiner" else _KEYS[number]
         if encoders > 1 and "" in parts:
             message = f"the embedding {name!r} is for one text encoder, and this model has {encoders}"
             raise InputError(message, hint="it was made for another kind of model; SDXL's hold clip_l and clip_g")

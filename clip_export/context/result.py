@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from clip_export.errors import OutputError
 from clip_export.output_file import staged_file, writing
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -22,7 +23,8 @@ class Context:
 
     `hidden_states`: float32 [n, 77 * chunks, dim], the encoders side by side along the last axis. `pooled`: float32
     [n, dim], None where the family and the dialect have none. The same for negative prompts, None where there were
-    none; all have the same number of chunks. `dialect` and `clip_skip` say how it was made, the latter in our spelling.
+    none; all have the same number of chunks. `dialect` and `clip_skip` say how it was made, the latter in our spelling;
+    `context_length` is that of one chunk, 77 in all of Stable Diffusion.
     """
 
     hidden_states: Floats
@@ -31,17 +33,20 @@ class Context:
     negative_pooled: Floats | None
     dialect: str
     clip_skip: str
+    context_length: int = 77
 
     @property
     def chunks(self) -> int:
         """How many times the encoders' context the prompts take."""
-        return int(self.hidden_states.shape[1]) // 77
+        return int(self.hidden_states.shape[1]) // self.context_length
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path` as safetensors, whole or not at all: prompt_embeds, pooled_prompt_embeds and their negatives.
 
-        The names are those that diffusers' pipelines take. Raises OutputError where it cannot be written.
+        The names are those that diffusers' pipelines take. Raises OutputError where it cannot be written, and for
+        another suffix.
         """
+        require_suffix(path)
         arrays = {
             "prompt_embeds": self.hidden_states,
             "pooled_prompt_embeds": self.pooled,
@@ -52,3 +57,10 @@ class Context:
         data = save(tensors, metadata={"dialect": self.dialect, "clip_skip": self.clip_skip})
         with staged_file(Path(path)) as file, writing(Path(path)):
             file.write(data)
+
+
+def require_suffix(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError where `path` is named like a file of another format: a Context is written as safetensors."""
+    if Path(path).suffix.lower() != ".safetensors":
+        found = f"{os.fsdecode(path)}: a Context is written as .safetensors, found the suffix {Path(path).suffix!r}"
+        raise OutputError(found, hint=f"-o {Path(path).stem or 'context'}.safetensors")

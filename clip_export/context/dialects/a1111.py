@@ -4,7 +4,8 @@
 one that is never closed reaches to the end. A backslash makes the next bracket text. The states of a token are
 multiplied by its weight, then those of the whole chunk by what restores their mean (emphasis "Original", the default).
 BREAK ends a chunk. Text of more than 75 tokens goes on in the next chunk, from the last comma if that is within 20
-tokens.
+tokens. What stands behind a # is a comment up to the end of its line (modules/processing_scripts/comments.py; the
+setting enable_prompt_comments, which is on).
 
 What changes with the sampling step, [a:b:0.5] and [a|b], what combines several Contexts, AND, and extra networks,
 <lora:name:1>, is no Context by itself, and is refused by name. In a negative prompt the webui looks for neither of the
@@ -29,6 +30,7 @@ __all__ = ["parse", "prepare", "zeros"]
 Part: TypeAlias = tuple[str, float]
 Weighted: TypeAlias = tuple[Token, float]
 
+_COMMENT = re.compile(r"\n?#[^\n]*\n?")
 _FACTORS = {"(": 1.1, "[": 1 / 1.1}
 _BACKTRACK = 20  # tokens: the default of the setting comma_padding_backtrack
 _BREAK: Part = ("BREAK", -1.0)
@@ -45,6 +47,7 @@ _STEP = re.compile(r".*:\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?
 
 def prepare(prompt: str, unit: Unit, *, negative: bool = False) -> Prepared:
     """Chunks of 75 tokens, each weighted by itself."""
+    prompt = _COMMENT.sub("\n", prompt)
     _require_one_context(prompt, negative=negative)
     if unit.context.family == "sd3":
         raise InputError("a1111 has no rules for SD 3 here", hint="use diffusers or comfyui")
@@ -127,11 +130,11 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
 
 def _require_one_context(prompt: str, *, negative: bool) -> None:
     """Raise InputError for what is more than one Context, naming it."""
-    plain = re.sub(r"\\.", "  ", prompt)
-    if not negative and re.search(r"\bAND\b", plain):
+    if not negative and re.search(r"\bAND\b", prompt):  # nothing escapes these two
         raise InputError("AND in the prompt asks for several Contexts at once", hint="ask for each by itself")
-    if not negative and (network := re.search(r"<\w+:[^>]+>", plain)):
+    if not negative and (network := re.search(r"<\w+:[^>]+>", prompt)):
         raise InputError(f"{network[0]} asks for an extra network, not for a Context", hint="leave it out")
+    plain = re.sub(r"\\.", "  ", prompt)
     for inner in _innermost(plain):
         if "|" in inner:
             raise InputError(
