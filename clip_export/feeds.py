@@ -191,12 +191,12 @@ class Data:
 def gather(bundle: Bundle, pictures: Sequence[Path], texts: Path | None) -> Data:
     """What `bundle` is calibrated on: `pictures`, files or directories, and the lines of `texts`.
 
-    A directory with captions.csv or captions.jsonl holds pairs, whose captions are the texts if there are no others.
+    Directories with captions.csv or captions.jsonl hold pairs, whose captions are the texts if there are no others.
     Without texts the built-in prompts are taken. What is held out is whole groups of what is the same or, of pairs, of
     what shares a picture or a caption: see `pairs.hold_out`. Raises InputError where there are no pictures (random ones
     would calibrate for what nobody sees), too few different ones, or too few that share nothing.
     """
-    pairs = _pairs(pictures)
+    pairs = _pairs(pictures, for_texts=texts is None and "text" in bundle.spec.towers)
     towers: dict[Tower, Samples] = {}
     if "image" in bundle.spec.towers:
         if not pictures:
@@ -242,8 +242,26 @@ def check_varied(data: Data) -> None:
     )
 
 
-def _pairs(pictures: Sequence[Path]) -> Pairs | None:
-    return find_pairs(pictures[0]) if len(pictures) == 1 and pictures[0].is_dir() else None
+def _pairs(pictures: Sequence[Path], *, for_texts: bool = False) -> Pairs | None:
+    """Those of all directories, in their order; None unless every path is a directory with captions.
+
+    Raises InputError where captions are wanted `for_texts` and some paths have none: they would be passed over.
+    """
+    found = {path: find_pairs(path) if path.is_dir() else None for path in pictures}
+    pairs = [each for each in found.values() if each is not None]
+    bare = next((path for path, each in found.items() if each is None), None)
+    if not pairs or (bare is not None and not for_texts):
+        return None
+    if bare is not None:
+        named = next(path for path, each in found.items() if each is not None)
+        raise InputError(
+            f"{named} has captions, and {bare} has none",
+            hint="give directories that all have captions, or texts of their own: --calibration-texts FILE",
+        )
+    return Pairs(
+        files=tuple(file for each in pairs for file in each.files),
+        captions=tuple(caption for each in pairs for caption in each.captions),
+    )
 
 
 def _text_samples(bundle: Bundle, path: Path | None, captions: Sequence[str]) -> Samples:
