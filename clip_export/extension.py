@@ -24,6 +24,7 @@ from clip_export.feeds import gather
 from clip_export.graph.files import missing
 from clip_export.layer_speed import LayerTimes, layer_times
 from clip_export.manifest import REPORT, SECOND
+from clip_export.output_file import check_place, writing
 from clip_export.paying import CPU_BATCHES, require_paid
 from clip_export.plans import NORMALIZED, Plan, plan_folder
 from clip_export.progress import Progress, silent
@@ -67,40 +68,46 @@ def extend(
     Raises InputError, BundleError, BackendError, PlanBuildError, ContractError or SpeedError. The bundle is then as it
     was.
     """
-    options = options or PlanOptions()
     path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
-    targets = find_targets(engine, gpus, precision, options)
-    quantization = quantization or Quantization()
-    inputs = _Calibration([Path(picture) for picture in calibration], _path(calibration_texts))
-    with extended(path) as (opened, staging):
-        chosen = _towers(opened, towers)
-        for tower in chosen if targets else ():
-            _profiles(opened, tower, opened.graph(tower).sequence_dynamic, options)  # raises before the long work
-        if opened.second is not None:
-            extend(
-                staging / SECOND,
-                precision=precision,
-                engine=engine,
-                gpus=gpus,
-                towers=towers,
-                options=options,
-                calibration=calibration,
-                calibration_texts=calibration_texts,
-                quantization=quantization,
-                force=force,
-                progress=progress,
-            )
-        staged = _Staged(opened, staging, quantization, progress)
-        variants = dict.fromkeys([_variant(target, precision) for target in targets] or [precision])
-        new = [name for name in variants if name != "fp32" and (force or name not in staged.variants)]
-        for name in set(variants) - set(new):
-            _require_same(opened, name, inputs, quantization)
-        for name in new:
-            served = [target for target in targets if _variant(target, precision) == name]
-            staged.add_variant(name, inputs, times=staged.layer_times(served, options))
-        for target in targets:
-            staged.add_plans(target, _variant(target, precision), chosen, options, force=force)
+    asked = _Asked(
+        precision=precision,
+        engine=engine,
+        gpus=tuple(gpus),
+        towers=towers,
+        options=options or PlanOptions(),
+        inputs=_Calibration([Path(picture) for picture in calibration], _path(calibration_texts)),
+        quantization=quantization or Quantization(),
+        force=force,
+    )
+    _extend(path, asked, None, progress)
     return Bundle.open(path, check_files=False)
+
+
+def _extend(path: Path, asked: _Asked, beside: Path | None, progress: Progress) -> None:
+    """As `extend`; what is kept beside the bundle is named after `beside`, by default after the bundle itself."""
+    targets = find_targets(asked.engine, asked.gpus, asked.precision, asked.options)
+    asked.quantization.require(asked.precision)
+    with extended(path) as (opened, staging):
+        chosen = _towers(opened, asked.towers)
+        for tower in chosen if targets else ():
+            _profiles(opened, tower, opened.graph(tower).sequence_dynamic, asked.options)  # raises before the long work
+        place = opened.path if beside is None else beside
+        if opened.second is not None:
+            # Not beside it: that is inside the bundle, and holds nothing but the bundle's own files.
+            _extend(staging / SECOND, asked, place.with_name(f"{place.name}.{SECOND}"), progress)
+        staged = _Staged(opened, staging, place, asked.quantization, progress)
+        variants = dict.fromkeys([_variant(target, asked.precision) for target in targets] or [asked.precision])
+        new = [name for name in variants if name != "fp32" and (asked.force or name not in staged.variants)]
+        for name in set(variants) - set(new):
+            _require_same(opened, name, asked.inputs, asked.quantization)
+        for name in new:
+            served = [target for target in targets if _variant(target, asked.precision) == name]
+            staged.add_variant(name, asked.inputs, times=staged.layer_times(served, asked.options))
+        for target in targets:
+            staged.add_plans(target, _variant(target, asked.precision), chosen, asked.options, force=asked.force)
+    for report in map(staged.failure_report, new):
+        with writing(report):
+            report.unlink(missing_ok=True)  # of an earlier attempt, and no longer true
 
 
 def _require_same(bundle: Bundle, precision: str, inputs: _Calibration, asked: Quantization) -> None:
@@ -192,12 +199,32 @@ class _Calibration:
         return bool(self.pictures) or self.texts is not None
 
 
-class _Staged:
-    """A bundle that is being extended: what it will hold, and the directory where that is put."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What `extend` was asked for."""
 
-    def __init__(self, bundle: Bundle, staging: Path, quantization: Quantization, progress: Progress) -> None:
+    precision: str
+    engine: str | None
+    gpus: Sequence[str]
+    towers: Sequence[Tower] | None
+    options: PlanOptions
+    inputs: _Calibration
+    quantization: Quantization
+    force: bool
+
+
+class _Staged:
+    """A bundle that is being extended: what it will hold, and the directory where that is put.
+
+    What is kept for later builds, and reports of what failed, are beside and named after `place`.
+    """
+
+    def __init__(
+        self, bundle: Bundle, staging: Path, place: Path, quantization: Quantization, progress: Progress
+    ) -> None:
         self._bundle = bundle
         self._directory = staging
+        self._place = place
         self._quantization = quantization
         self._progress = progress
         self._contracts = dict(bundle.manifest.contracts)
@@ -244,11 +271,10 @@ class _Staged:
         measured["agreement"] = found.to_dict()["rows"]
         self._report.setdefault("precisions", {})[precision] = measured
         self.write()
-        self._failure_report(precision).unlink(missing_ok=True)  # of an earlier attempt, and no longer true
 
-    def _failure_report(self, precision: str) -> Path:
-        place = self._bundle.path
-        return place.with_name(f"{place.name}.{precision}.report.json")
+    def failure_report(self, precision: str) -> Path:
+        """Where it is said how a precision missed its contract, if it does."""
+        return self._place.with_name(f"{self._place.name}.{precision}.report.json")
 
     def _settle(self, precision: str, found: Replay) -> None:
         """Hold the graphs to their contract; where that may be missed, it is marked as what it is."""
@@ -265,12 +291,12 @@ class _Staged:
 
     @property
     def _calibrations(self) -> Path:
-        place = self._bundle.path
-        return place.with_name(f".{place.name}.calibration")
+        return self._place.with_name(f".{self._place.name}.calibration")
 
     def _quantized(
         self, source: Bundle, precision: str, inputs: _Calibration, times: LayerTimes | None
     ) -> dict[str, Any]:
+        check_place(self.failure_report(precision))
         made = make_quantized(
             source,
             self._directory,
@@ -280,7 +306,7 @@ class _Staged:
             calibration_texts=inputs.texts,
             cache=self._calibrations,
             times=times,
-            report=self._failure_report(precision),
+            report=self.failure_report(precision),
             progress=self._progress,
         )
         self.variants[precision], self._contracts[precision] = made.graphs, made.contract
@@ -304,7 +330,7 @@ class _Staged:
         ]
         for job in jobs:
             discard(self._directory, job.plan.file)
-        cache = self._bundle.path.with_name(f".{target.backend}-{target.version}-{target.compute_capability}.timing")
+        cache = self._place.with_name(f".{target.backend}-{target.version}-{target.compute_capability}.timing")
         made = compile_plans(jobs, self._directory, options=options, cache=cache, progress=self._progress)
         self._plans |= {plan.file: plan for plan in made}
         self.write()

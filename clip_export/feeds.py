@@ -23,7 +23,7 @@ from clip_export.bundle import Bundle
 from clip_export.context_inputs import sampled_feeds
 from clip_export.errors import InputError
 from clip_export.inputs import find_images, read_lines
-from clip_export.pairs import find_pairs, group, hold_out, spread
+from clip_export.pairs import Pairs, find_pairs, group, hold_out, spread
 from clip_export.prompts import prompts
 from clip_export.runtime import front
 from clip_export.spec import Tower, to_dict
@@ -191,12 +191,12 @@ class Data:
 def gather(bundle: Bundle, pictures: Sequence[Path], texts: Path | None) -> Data:
     """What `bundle` is calibrated on: `pictures`, files or directories, and the lines of `texts`.
 
-    A directory with captions.csv or captions.jsonl holds pairs, whose captions are the texts if there are no others.
+    Directories with captions.csv or captions.jsonl hold pairs, whose captions are the texts if there are no others.
     Without texts the built-in prompts are taken. What is held out is whole groups of what is the same or, of pairs, of
     what shares a picture or a caption: see `pairs.hold_out`. Raises InputError where there are no pictures (random ones
     would calibrate for what nobody sees), too few different ones, or too few that share nothing.
     """
-    pairs = find_pairs(pictures[0]) if len(pictures) == 1 and pictures[0].is_dir() else None
+    pairs = _pairs(pictures, for_texts=texts is None and "text" in bundle.spec.towers)
     towers: dict[Tower, Samples] = {}
     if "image" in bundle.spec.towers:
         if not pictures:
@@ -210,6 +210,17 @@ def gather(bundle: Bundle, pictures: Sequence[Path], texts: Path | None) -> Data
     if "text" in bundle.spec.towers:
         towers["text"] = _text_samples(bundle, texts, () if pairs is None else pairs.captions)
     return _parted(towers, paired=pairs is not None and texts is None and len(towers) == 2)
+
+
+def require_inputs(pictures: Sequence[Path], texts: Path | None) -> None:
+    """Raise InputError for what `gather` would refuse of these whatever the bundle: before one is built."""
+    pairs = _pairs(pictures)
+    files = find_images(pictures).files if pairs is None else pairs.files
+    if pictures:
+        _require_enough("image", len(set(files)), len(files))
+    if texts is not None:
+        lines = read_texts(texts)
+        _require_enough("text", len(set(lines)), len(lines))
 
 
 def check_varied(data: Data) -> None:
@@ -231,6 +242,28 @@ def check_varied(data: Data) -> None:
     )
 
 
+def _pairs(pictures: Sequence[Path], *, for_texts: bool = False) -> Pairs | None:
+    """Those of all directories, in their order; None unless every path is a directory with captions.
+
+    Raises InputError where captions are wanted `for_texts` and some paths have none: they would be passed over.
+    """
+    found = {path: find_pairs(path) if path.is_dir() else None for path in pictures}
+    pairs = [each for each in found.values() if each is not None]
+    bare = next((path for path, each in found.items() if each is None), None)
+    if not pairs or (bare is not None and not for_texts):
+        return None
+    if bare is not None:
+        named = next(path for path, each in found.items() if each is not None)
+        raise InputError(
+            f"{named} has captions, and {bare} has none",
+            hint="give directories that all have captions, or texts of their own: --calibration-texts FILE",
+        )
+    return Pairs(
+        files=tuple(file for each in pairs for file in each.files),
+        captions=tuple(caption for each in pairs for caption in each.captions),
+    )
+
+
 def _text_samples(bundle: Bundle, path: Path | None, captions: Sequence[str]) -> Samples:
     if path is not None:
         found = read_texts(path)
@@ -245,12 +278,15 @@ def _samples(bundle: Bundle, tower: Tower, items: Iterable[Path | str], source: 
     """With nothing held out as yet."""
     found = tuple(items)
     samples = Samples(bundle=bundle, tower=tower, items=found, held_out=np.zeros(len(found), np.bool_), source=source)
-    different = samples.different(held_out=False)
+    _require_enough(tower, samples.different(held_out=False), len(found))
+    return samples
+
+
+def _require_enough(tower: Tower, different: int, found: int) -> None:
     if different < LEAST_INPUTS:
-        among = f" among {len(found)}" if different < len(found) else ""
+        among = f" among {found}" if different < found else ""
         message = f"expected at least {LEAST_INPUTS} different {_KINDS[tower]} to calibrate on and to judge by, "
         raise InputError(f"{message}found {different}{among}", hint="some hundred are a good number")
-    return samples
 
 
 def _parted(towers: Mapping[Tower, Samples], *, paired: bool) -> Data:

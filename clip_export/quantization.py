@@ -7,9 +7,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from clip_export.choice import CPU_INT8
 from clip_export.errors import InputError
-from clip_export.precision.formats import FormatName
-from clip_export.precision.scales import METHODS
+from clip_export.precision.formats import FORMATS, FormatName
+from clip_export.precision.scales import METHODS, require_method
 from clip_export.precision_map import PrecisionMap
 
 # precision -> the format of its quantized layers. In those that end in "all" the rest is fp16 to the last node.
@@ -43,15 +44,29 @@ class Quantization:
     allow_slower: bool = False
 
     def __post_init__(self) -> None:
+        given, known = self.precision_map, (*QUANTIZED, CPU_INT8)
+        if given is not None and given.precision not in known:
+            message = f"the precision map is of {given.precision!r}, which is no 8-bit precision"
+            raise InputError(message, hint=f"give the map of one of: {', '.join(known)}")
         if self.ranges_by not in METHODS:
+            named = "" if self.method is not None else ", which the precision map names"
             hint = f"choose one of: {', '.join(METHODS)}"
-            raise InputError(f"there is no calibration method {self.ranges_by!r}", hint=hint)
+            raise InputError(f"there is no calibration method {self.ranges_by!r}{named}", hint=hint)
         if self.min_cosine is not None and not 0 < self.min_cosine <= 1:
             raise InputError(
                 f"expected a min cosine above 0 and up to 1, found {self.min_cosine}", hint="0.99 is usual"
             )
         if self.max_recall_drop is not None and not 0 <= self.max_recall_drop <= 100:
             raise InputError(f"expected a recall drop in points, 0 to 100, found {self.max_recall_drop}")
+
+    def require(self, precision: str) -> None:
+        """Raise InputError where `precision` cannot be made like this, whatever the bundle: before minutes of work."""
+        if precision == CPU_INT8 and self.attention:
+            message = f"{CPU_INT8} keeps the products inside attention in fp32, and 8 bits were asked for"
+            hint = "leave out --quantize-attention" if self.quantize_attention else "give a map without attention"
+            raise InputError(message, hint=hint)
+        if precision in QUANTIZED and self.precision_map is None:
+            require_method(self.ranges_by, FORMATS[QUANTIZED[precision]])
 
     @property
     def attention(self) -> bool:

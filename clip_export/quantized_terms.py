@@ -86,7 +86,8 @@ class Terms:
         """What of the contract is not kept, in words."""
         for tower, score in scores.items():
             if not score.cosine >= self.min_cosine:
-                yield f"min cosine of the {tower} tower is {score.cosine:.7f}, required is {self.min_cosine:.7g}"
+                found = _below(score.cosine, self.min_cosine)
+                yield f"min cosine of the {tower} tower is {found}, required is {self.min_cosine:.7g}"
         most = self.options.max_recall_drop
         if most is not None and (pairs is None or not pairs["recall_drop"] <= most):
             found = "is not known" if pairs is None else f"is {pairs['recall_drop']:.2f} points"
@@ -98,8 +99,8 @@ class Terms:
         blamed = f"; worst layers: {', '.join(worst)}" if worst else ""
         for tower, made in towers.items():
             if made.found.unquantized is not None and not self.keeps(made.found.unquantized):
-                cosine = made.found.unquantized.cosine
-                blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine:.7f}"
+                cosine = _below(made.found.unquantized.cosine, self.min_cosine)
+                blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine}"
         searched = self.precision in (*SEARCHED, CPU_INT8)
         search_instead = "autofp8" if QUANTIZED.get(self.precision) == "fp8" else "auto"
         instead = f"--precision {search_instead} leaves the worst layers in fp16"
@@ -115,3 +116,9 @@ class Terms:
             f"{report}",
             hint=hint,
         )
+
+
+def _below(cosine: float, required: float) -> str:
+    """A cosine that is less than is required, with as many digits as it takes to see that."""
+    text = f"{cosine:.7f}"
+    return text if float(text) < float(f"{required:.7g}") else repr(cosine)

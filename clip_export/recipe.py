@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from clip_export.bundle import Bundle
-from clip_export.choice import CPU_INT8
+from clip_export.choice import CPU_INT8, FP32
 from clip_export.compilation import PlanOptions
 from clip_export.errors import BundleError, ClipExportError, InputError, SpecError
 from clip_export.extension import extend, find_targets
+from clip_export.feeds import require_inputs
 from clip_export.manifest import MANIFEST
 from clip_export.pipeline import ENGINES, build, default_name
 from clip_export.precision_map import read_map
@@ -142,7 +143,8 @@ def make(recipe: Recipe, *, force: bool = False, progress: Progress = silent) ->
     _check_stated(recipe, precisions, force=force)
     for precision in precisions:
         find_targets(recipe.engine, recipe.gpu or (), precision, options)
-    _check_output(recipe, force=force)
+        quantization.require(precision)
+    _check_output(recipe, precisions, force=force)
     bundle = _bundle(recipe, force=force, progress=progress)
     try:
         for precision in precisions:
@@ -182,12 +184,13 @@ def _extended(
     )
 
 
-def _check_output(recipe: Recipe, *, force: bool) -> None:
-    """Raise BundleError for engines of a checkpoint whose bundle is there: --force would lose its plans."""
+def _check_output(recipe: Recipe, precisions: Sequence[str], *, force: bool) -> None:
+    """Raise BundleError for graphs or plans of a checkpoint whose bundle is there: --force would lose those it has."""
     output = Path(recipe.output) if recipe.output is not None else ENGINES / default_name(recipe.checkpoint)
-    if force or is_bundle(recipe.checkpoint) or recipe.engine is None or not is_bundle(os.fspath(output)):
+    more = recipe.engine is not None or set(precisions) - {FP32}
+    if force or is_bundle(recipe.checkpoint) or not more or not is_bundle(os.fspath(output)):
         return
-    hint = f"add to it: name {output} in place of the checkpoint; --force builds it anew, without the plans it has"
+    hint = f"add to it: name {output} in place of the checkpoint; --force builds it anew, without what was added to it"
     raise BundleError(f"{output} already holds a bundle", hint=hint)
 
 
@@ -241,6 +244,9 @@ def _check_stated(recipe: Recipe, precisions: Sequence[str], *, force: bool) -> 
             f"{lacking[0]} is calibrated on real pictures, and none were given",
             hint="--calibration DIRECTORY, with some hundred pictures like those that will be encoded",
         )
+    if eight_bits and not is_bundle(recipe.checkpoint):  # of a bundle, that is found out as soon by `extend`
+        texts = recipe.calibration_texts
+        require_inputs(list(map(Path, recipe.calibration or ())), None if texts is None else Path(texts))
 
 
 def _held(recipe: Recipe) -> Collection[str]:

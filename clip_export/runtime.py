@@ -71,10 +71,11 @@ def load(
     host_code = isinstance(options, EngineOptions) and options.allow_host_code
     try:
         choice = choose(bundle, backend=backend, device=device, precision=precision, host_code=host_code)
-        contract = bundle.manifest.contracts.get(choice.precision)
-        if contract is not None and not contract.kept:
-            words = "; ".join(contract.missed)
-            warnings.warn(f"{choice.precision} of {bundle.path} misses its accuracy contract: {words}", stacklevel=2)
+        for part in filter(None, (bundle, bundle.second)):
+            contract = part.manifest.contracts.get(choice.precision)
+            if contract is not None and not contract.kept:
+                words = "; ".join(contract.missed)
+                warnings.warn(f"{choice.precision} of {part.path} misses its accuracy contract: {words}", stacklevel=2)
         opened = partial(open_choice, threads=threads, options=options, batch_size=batch_size)
         return _with_second(bundle, choice, opened)
     except (BackendError, MissingDependencyError) as error:

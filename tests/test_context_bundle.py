@@ -186,6 +186,37 @@ def test_half_graphs_of_both_encoders_keep_999_in_1000_of_every_token(sdxl: Bund
     assert clip_export.verify(bundle, precision="fp16").passed
 
 
+def test_8_bits_of_both_encoders_leave_what_they_keep_beside_the_bundle(sdxl: Bundle, tmp_path: Path) -> None:
+    """Not inside it, which is where the second one's bundle is."""
+    path = Path(shutil.copytree(sdxl.path, tmp_path / "sdxl"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"a photo of {number} foxes\n" for number in range(12)), encoding="utf-8")
+    asked = ["build", path, "--precision", "int8cpu", "--calibration-texts", texts, "--calibration-method", "minmax"]
+    asked += ["--min-cosine", "0.99999", "--allow-slower"]
+    before = sorted(path.rglob("*"))
+    missed = CliRunner().invoke(app, list(map(str, asked)))
+    report = tmp_path / "sdxl.text_2.int8cpu.report.json"
+    assert missed.exit_code == 1 and f"the report is {report}" in missed.stderr
+    assert json.loads(report.read_bytes())["missed"]
+    assert (sorted(path.rglob("*")), list(tmp_path.glob(".sdxl.building-*"))) == (before, [])
+    assert list((tmp_path / ".sdxl.text_2.calibration").iterdir())
+
+    done = CliRunner().invoke(app, [*map(str, asked), "--allow-below-contract"])
+    assert done.exit_code == 0, done.output
+    assert "int8cpu misses its contract: min cosine" in done.stderr
+    assert "int8cpu text_2 misses its contract: min cosine" in done.stderr
+    assert not report.exists()
+    new = {file.relative_to(path).as_posix() for file in set(path.rglob("*")) - set(before)}
+    files = {"int8cpu.map.json", "text.int8cpu.onnx"}
+    assert new == files | {f"text_2/{name}" for name in files}
+    with pytest.warns(UserWarning, match="misses its accuracy contract") as caught:
+        clip_export.load(path, precision="int8cpu").close()
+    assert [str(warning.message).split(" misses")[0] for warning in caught] == [
+        f"int8cpu of {path}",
+        f"int8cpu of {path / 'text_2'}",
+    ]
+
+
 def test_plans_for_a_gpu_are_built_from_the_half_graph(half_demo: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     copy = shutil.copytree(half_demo.path, tmp_path / "plans")

@@ -135,6 +135,27 @@ def test_pictures_by_name_and_from_several_places(bundle: Bundle, pairs: Path, t
     assert data.towers["image"].source.startswith(f"{LEAST_INPUTS + 1} pictures of 00.png, ")
 
 
+def test_several_folders_of_pairs_are_one(bundle: Bundle, image_bundle: Bundle, pairs: Path, tmp_path: Path) -> None:
+    """Captions are not passed over, neither those of all folders nor, in silence, those of some."""
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    for folder, first in ((other, 100), (bare, 200)):
+        folder.mkdir()
+        for number in range(LEAST_INPUTS):
+            write_picture(folder / f"{number}.png", seed=first + number)
+    rows = [{"file": f"{number}.png", "caption": f"another of {number}"} for number in range(LEAST_INPUTS)]
+    (other / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = gather(bundle, [pairs, other], None)
+    assert data.paired
+    assert data.towers["text"].items == (*reversed(CAPTIONS), *(row["caption"] for row in rows))
+    assert data.towers["image"].items[-1] == other / "7.png"
+    with pytest.raises(InputError, match=f"{pairs} has captions, and {bare} has none"):
+        gather(bundle, [bare, pairs], None)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(CAPTIONS), encoding="utf-8")
+    for taken in (gather(bundle, [bare, pairs], texts), gather(image_bundle, [bare, pairs], None)):
+        assert len(taken.towers["image"].items) == COUNT + LEAST_INPUTS and not taken.paired
+
+
 @pytest.mark.parametrize("count", [1, LEAST_INPUTS - 1])
 def test_too_few_pictures(bundle: Bundle, plain: Path, count: int) -> None:
     files = sorted(plain.iterdir())

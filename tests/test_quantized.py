@@ -32,12 +32,13 @@ from clip_export.commands import app
 from clip_export.compilation import PlanOptions
 from clip_export.errors import ClipExportError, ContractError, InputError
 from clip_export.extension import find_targets
-from clip_export.feeds import gather
+from clip_export.feeds import Data, gather
 from clip_export.judging import Reference
 from clip_export.manifest import SCHEMA_VERSION, Contract
-from clip_export.precision.search import most_evaluations, search
-from clip_export.precision_map import HIGH, read_map
+from clip_export.precision.search import Score, most_evaluations, search
+from clip_export.precision_map import HIGH, PrecisionMap, read_map
 from clip_export.quantization import QUANTIZED, Quantization
+from clip_export.quantized_terms import Terms
 from clip_export.quantized_tower import Quantizer
 from clip_export.spec import Tower
 from clip_export.verification import CONTRACTS
@@ -482,6 +483,48 @@ def test_a_recall_drop_needs_pairs(bundle: Path, pairs: Path, tmp_path: Path, mo
     assert "captions.csv or captions.jsonl" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["int8", "--calibration", "empty"], "expected image files in .*empty, found no file at all"),
+        (["int8", "--calibration", "few"], "expected at least 8 different pictures .* found 3"),
+        (["int8", "--calibration", "pairs", "--calibration-texts", "few.txt"], "8 different texts .* found 1 among 2"),
+        (["fp8", "--calibration", "pairs", "--calibration-method", "entropy"], "those of fp8 grow with the number"),
+        (["int8cpu", "--calibration", "pairs", "--quantize-attention"], "int8cpu keeps the products inside attention"),
+    ],
+)
+def test_what_cannot_be_is_known_before_a_checkpoint_is_exported(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "few").mkdir()
+    for name in ("00.png", "01.png", "02.png"):
+        shutil.copy(pairs / name, tmp_path / "few")
+    (tmp_path / "few.txt").write_text("a cat\na cat\n", encoding="utf-8")
+    (tmp_path / "pairs").symlink_to(pairs)
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, error_of(run("build", "demo", "-o", "new", "--precision", *options)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_whose_bundle_is_there_is_not_built_over_it(bundle: Path, pairs: Path) -> None:
+    text = error_of(run("build", "demo", "-o", bundle, "--precision", "auto", "--calibration", pairs))
+    assert f"add to it: name {bundle} in place of the checkpoint" in text
+    assert "without what was added to it" in text
+
+
+def test_a_report_that_could_not_be_written_is_known_before_any_work(
+    bundle: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(Reference, "of", begun)
+    (bundle.parent / "bundle.int8.report.json").mkdir()
+    text = error_of(run("build", bundle, "--precision", "int8", "--calibration", pairs))
+    assert "bundle.int8.report.json is a directory, expected the name of a file" in text
+
+
 # Where it is to run
 
 
@@ -648,11 +691,32 @@ def test_graphs_for_gpus_do_not_run_on_a_cpu(auto_bundle: Path) -> None:
         ({"min_cosine": math.nan}, "found nan"),
         ({"max_recall_drop": -1.0}, "expected a recall drop in points, 0 to 100, found -1"),
         ({"max_recall_drop": math.nan}, "found nan"),
+        ({"precision_map": PrecisionMap(precision="fp16", method="mse", towers={})}, "of 'fp16', which is no 8-bit"),
+        (
+            {"precision_map": PrecisionMap(precision="auto", method="x", towers={})},
+            "'x', which the precision map names",
+        ),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Quantization(**options)
+
+
+def test_a_map_with_attention_is_not_for_onnxruntime() -> None:
+    given = PrecisionMap(precision="auto", method="mse", towers={}, attention=True)
+    with pytest.raises(InputError, match="int8cpu keeps the products inside attention in fp32") as caught:
+        Quantization(precision_map=given).require("int8cpu")
+    assert caught.value.hint == "give a map without attention"
+    Quantization(precision_map=given).require("auto")
+
+
+@pytest.mark.parametrize(("cosine", "text"), [(0.98, "0.9800000"), (0.99999998, "0.99999998"), (math.nan, "nan")])
+def test_what_is_missed_by_little_is_seen_to_be_missed(cosine: float, text: str) -> None:
+    data = Data(towers={}, paired=False)
+    terms = Terms(precision="int8", options=Quantization(min_cosine=1), data=data, references={})
+    score = Score(cosine=cosine, mean_cosine=1, agreement=1)
+    assert list(terms.missed({"text": score}, None)) == [f"min cosine of the text tower is {text}, required is 1"]
 
 
 def test_the_contract_of_every_8_bit_precision_is_known() -> None:

@@ -97,7 +97,7 @@ def test_what_failed_after_the_export_says_that_the_export_is_there(tiny_checkpo
 def test_a_checkpoint_whose_bundle_is_there_is_added_to_by_its_bundle(tiny_checkpoint: Path, bundle: Path) -> None:
     text = refusal(tiny_checkpoint, "-o", bundle, *RTX)
     assert f"{bundle} already holds a bundle" in text
-    assert f"add to it: name {bundle} in place of the checkpoint; --force builds it anew, without the plans" in text
+    assert f"add to it: name {bundle} in place of the checkpoint; --force builds it anew, without what was" in text
 
 
 def test_calibration_without_a_precision(bundle: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from clip_export.commands import _eight_bits
 from clip_export.commands._group import say
 from clip_export.commands._output import size_text
 from clip_export.commands._progress import Bar
+from clip_export.manifest import SECOND
 from clip_export.spec import TOWERS, Activation, Dialect, Tower
 
 if TYPE_CHECKING:
@@ -313,6 +314,8 @@ def _exactness(bundle: Bundle, made: Sequence[str]) -> Iterator[str]:
             continue
         if precision in bundle.manifest.contracts:
             yield from _eight_bits.lines(precision, report)
+            if (second := bundle.second) is not None:
+                yield from _eight_bits.lines(f"{precision} {SECOND}", second.report()["precisions"][precision])
             continue
         for row in report["agreement"]:
             cosines = f"min cosine {row['min_cosine']:.7f}, required {row['required_cosine']:.7g}"

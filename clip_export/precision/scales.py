@@ -40,7 +40,7 @@ def activation_limit(rows: np.ndarray, largest: np.ndarray, method: str, format_
     empty or do not fit each other; ExportError for infinity or NaN; MissingDependencyError for entropy without
     onnxruntime and onnx.
     """
-    _require_method(method, format_)
+    require_method(method, format_)
     _require_fit(rows, largest)
     top = float(largest.max())
     if top < _SMALLEST:
@@ -104,7 +104,8 @@ def _least_divergence(rows: np.ndarray) -> float:
     return float(np.abs(ends).max())
 
 
-def _require_method(method: str, format_: Format) -> None:
+def require_method(method: str, format_: Format) -> None:
+    """Raise InputError for a method that there is not, or that has no meaning for `format_`."""
     if method not in METHODS:
         raise InputError(f"there is no calibration method {method!r}", hint=f"choose one of: {', '.join(METHODS)}")
     if method == "entropy" and format_.name != "int8":
