@@ -386,7 +386,7 @@ def say(what, done, total):
 shape = (16, 128)
 profile = {"x": ShapeRange(min=(1, *shape), opt=(4, *shape), max=(8, *shape))}
 request = BuildRequest(
-    graph=Path(sys.argv[1]), plan=Path(sys.argv[2]), profiles=(profile,) * 8, compute_capability="sm_89"
+    graph=Path(sys.argv[1]), plan=Path(sys.argv[2]), profiles=(profile,) * 32, compute_capability="sm_89"
 )
 tensorrt_rtx.build_plan(request, progress=say)
 """

@@ -16,7 +16,6 @@ from clip_export.commands import _eight_bits
 from clip_export.commands._group import say
 from clip_export.commands._output import size_text
 from clip_export.commands._progress import Bar
-from clip_export.manifest import SECOND
 from clip_export.spec import TOWERS, Activation, Dialect, Tower
 
 if TYPE_CHECKING:
@@ -309,6 +308,8 @@ def _make(recipe: Recipe, *, force: bool) -> None:
 
 def _exactness(bundle: Bundle, made: Sequence[str]) -> Iterator[str]:
     """How close the precisions that were made are to fp32, and what of 8-bit ones is in 8 bits."""
+    from clip_export.manifest import SECOND  # here: it loads numpy, for which --help must not wait
+
     for precision, report in bundle.report().get("precisions", {}).items():
         if precision not in made:
             continue
