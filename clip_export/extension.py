@@ -79,12 +79,18 @@ def extend(
         quantization=quantization or Quantization(),
         force=force,
     )
-    _extend(path, asked, None, progress)
+    for report in _extend(path, asked, None, progress):
+        with writing(report):
+            report.unlink(missing_ok=True)  # of an earlier attempt, and no longer true
     return Bundle.open(path, check_files=False)
 
 
-def _extend(path: Path, asked: _Asked, beside: Path | None, progress: Progress) -> None:
-    """As `extend`; what is kept beside the bundle is named after `beside`, by default after the bundle itself."""
+def _extend(path: Path, asked: _Asked, beside: Path | None, progress: Progress) -> list[Path]:
+    """As `extend`; what is kept beside the bundle is named after `beside`, by default after the bundle itself.
+
+    Returns where failures of what was made are reported, for the caller to remove when all is published.
+    """
+    reports = list[Path]()
     targets = find_targets(asked.engine, asked.gpus, asked.precision, asked.options)
     asked.quantization.require(asked.precision)
     with extended(path) as (opened, staging):
@@ -94,7 +100,7 @@ def _extend(path: Path, asked: _Asked, beside: Path | None, progress: Progress) 
         place = opened.path if beside is None else beside
         if opened.second is not None:
             # Not beside it: that is inside the bundle, and holds nothing but the bundle's own files.
-            _extend(staging / SECOND, asked, place.with_name(f"{place.name}.{SECOND}"), progress)
+            reports += _extend(staging / SECOND, asked, place.with_name(f"{place.name}.{SECOND}"), progress)
         staged = _Staged(opened, staging, place, asked.quantization, progress)
         variants = dict.fromkeys([_variant(target, asked.precision) for target in targets] or [asked.precision])
         new = [name for name in variants if name != "fp32" and (asked.force or name not in staged.variants)]
@@ -105,9 +111,7 @@ def _extend(path: Path, asked: _Asked, beside: Path | None, progress: Progress) 
             staged.add_variant(name, asked.inputs, times=staged.layer_times(served, asked.options))
         for target in targets:
             staged.add_plans(target, _variant(target, asked.precision), chosen, asked.options, force=asked.force)
-    for report in map(staged.failure_report, new):
-        with writing(report):
-            report.unlink(missing_ok=True)  # of an earlier attempt, and no longer true
+    return reports + list(map(staged.failure_report, new))
 
 
 def _require_same(bundle: Bundle, precision: str, inputs: _Calibration, asked: Quantization) -> None:

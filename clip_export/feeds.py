@@ -212,11 +212,14 @@ def gather(bundle: Bundle, pictures: Sequence[Path], texts: Path | None) -> Data
     return _parted(towers, paired=pairs is not None and texts is None and len(towers) == 2)
 
 
-def require_inputs(pictures: Sequence[Path], texts: Path | None) -> None:
-    """Raise InputError for what `gather` would refuse of these whatever the bundle: before one is built."""
-    pairs = _pairs(pictures)
-    files = find_images(pictures).files if pairs is None else pairs.files
-    if pictures:
+def require_inputs(pictures: Sequence[Path], texts: Path | None, *, image: bool, text: bool) -> None:
+    """Raise InputError for what `gather` would refuse of these, before a bundle is built.
+
+    It will have an `image` tower, unless its checkpoint has none, and is known to have a `text` tower.
+    """
+    pairs = _pairs(pictures, for_texts=text and texts is None)
+    if pictures and image:
+        files = find_images(pictures).files if pairs is None else pairs.files
         _require_enough("image", len(set(files)), len(files))
     if texts is not None:
         lines = read_texts(texts)

@@ -98,9 +98,12 @@ class Terms:
         worst = [f"{tower} {words}" for tower, made in towers.items() for words in made.worst]
         blamed = f"; worst layers: {', '.join(worst)}" if worst else ""
         for tower, made in towers.items():
-            if made.found.unquantized is not None and not self.keeps(made.found.unquantized):
-                cosine = _below(made.found.unquantized.cosine, self.min_cosine)
+            alone = made.found.unquantized
+            if alone is not None and not alone.cosine >= self.min_cosine:
+                cosine = _below(alone.cosine, self.min_cosine)
                 blamed += f"; with nothing quantized the fp16 {tower} tower is at {cosine}"
+            elif alone is not None and not self.keeps(alone):
+                blamed += f"; with nothing quantized the fp16 {tower} tower loses {alone.recall_drop:.2f} points of R@1"
         searched = self.precision in (*SEARCHED, CPU_INT8)
         search_instead = "autofp8" if QUANTIZED.get(self.precision) == "fp8" else "auto"
         instead = f"--precision {search_instead} leaves the worst layers in fp16"

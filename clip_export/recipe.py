@@ -151,7 +151,8 @@ def make(recipe: Recipe, *, force: bool = False, progress: Progress = silent) ->
             bundle = _extended(bundle, recipe, precision, options, quantization, force=force, progress=progress)
     except ClipExportError as error:
         if not is_bundle(recipe.checkpoint):
-            there = f"{bundle.path} is built and keeps its fp32 graphs: name it in place of the checkpoint next time"
+            named = _named(bundle.path)
+            there = f"{named} is built and keeps its fp32 graphs: name it in place of the checkpoint next time"
             error.hint = there if error.hint is None else f"{error.hint}; {there}"
         raise
     return bundle
@@ -190,8 +191,14 @@ def _check_output(recipe: Recipe, precisions: Sequence[str], *, force: bool) -> 
     more = recipe.engine is not None or set(precisions) - {FP32}
     if force or is_bundle(recipe.checkpoint) or not more or not is_bundle(os.fspath(output)):
         return
-    hint = f"add to it: name {output} in place of the checkpoint; --force builds it anew, without what was added to it"
+    hint = "in place of the checkpoint; --force builds it anew, without what was added to it"
+    hint = f"add to it: name {_named(output)} {hint}"
     raise BundleError(f"{output} already holds a bundle", hint=hint)
+
+
+def _named(bundle: Path) -> str:
+    """How `bundle` is named on a command line, where `demo` is the checkpoint of that name."""
+    return "./demo" if os.fspath(bundle) == "demo" else os.fspath(bundle)
 
 
 def is_bundle(checkpoint: str) -> bool:
@@ -246,7 +253,12 @@ def _check_stated(recipe: Recipe, precisions: Sequence[str], *, force: bool) -> 
         )
     if eight_bits and not is_bundle(recipe.checkpoint):  # of a bundle, that is found out as soon by `extend`
         texts = recipe.calibration_texts
-        require_inputs(list(map(Path, recipe.calibration or ())), None if texts is None else Path(texts))
+        require_inputs(
+            list(map(Path, recipe.calibration or ())),
+            None if texts is None else Path(texts),
+            image=_has_image(recipe),
+            text=recipe.context or "text" in (recipe.towers or ()),
+        )
 
 
 def _held(recipe: Recipe) -> Collection[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -172,6 +173,24 @@ def test_a_variant_that_is_not_known_is_named(tmp_path: Path) -> None:
     assert "call the one that you mean model.safetensors" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model-00001-of-00002.safetensors", "model.safetensors.index.json is not there"),
+        ("model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json is not there"),
+        ("adapter_model.safetensors", "has config.json but no weights"),
+    ],
+)
+def test_a_shard_without_its_index_and_what_is_no_model_are_not_to_be_renamed(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    folder = shutil.copytree(diffusion_made.folder_of("sd1"), tmp_path / "pipeline")
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.rename(weights.with_name(name))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read(folder, CONTEXT)
+
+
 def test_a_text_encoder_without_text_model_in_its_names_is_read(tmp_path: Path) -> None:
     """As some files of Stable Diffusion 1 have them."""
     state = diffusion_made.single_file("sd1", encoders_of("sd1"))
@@ -314,7 +333,7 @@ def test_a_file_without_a_text_encoder_says_what_it_holds(tmp_path: Path, keys: 
 def test_a_text_encoder_by_itself_is_not_said_to_be_none(tmp_path: Path, key: str, remedy: str) -> None:
     path = tmp_path / "clip_l.safetensors"
     save_file({key: torch.ones(2, 2)}, path)
-    with pytest.raises(UnknownCheckpointError, match=r"clip_l.safetensors holds a text encoder by itself") as caught:
+    with pytest.raises(UnknownCheckpointError, match=r"clip_l.safetensors holds a text encoder \(weight") as caught:
         read(path, CONTEXT)
     assert remedy in str(caught.value.hint)
 

@@ -17,7 +17,18 @@ from PIL import Image
 import clip_export
 from clip_export.bundle import Bundle, Graph
 from clip_export.errors import ImageError, InputError
-from clip_export.feeds import BATCH, LEAST_INPUTS, Data, Feeds, Samples, gather, golden_feeds, image_feeds, text_feeds
+from clip_export.feeds import (
+    BATCH,
+    LEAST_INPUTS,
+    Data,
+    Feeds,
+    Samples,
+    gather,
+    golden_feeds,
+    image_feeds,
+    require_inputs,
+    text_feeds,
+)
 from clip_export.prompts import prompts
 from clip_export.spec import Tower
 
@@ -191,6 +202,28 @@ def test_a_tower_that_is_not_there_needs_no_data(
     assert set(images.towers) == {"image"}
     assert not captions.paired  # pairs need both
     assert not images.paired
+
+
+def test_what_is_refused_before_a_bundle_is_built_is_what_gather_refuses(
+    bundle: Bundle, text_bundle: Bundle, pairs: Path, texts: Path, tmp_path: Path
+) -> None:
+    few, empty = tmp_path / "few", tmp_path / "empty"
+    for folder in (few, empty):
+        folder.mkdir()
+    for number in range(3):
+        write_picture(few / f"{number:02}.png", seed=number)
+    write_pairs(few, [(number % 3, f"caption {number}") for number in range(20)])  # three pictures
+    for pictures, named in (([few], None), ([empty], texts), ([pairs, few], None)):
+        require_inputs(pictures, named, image=False, text=True)  # its pictures are not looked at
+        gather(text_bundle, pictures, named)
+    with pytest.raises(InputError, match=r"expected at least \d+ different pictures .* found 3"):
+        require_inputs([few], None, image=True, text=False)
+    with pytest.raises(InputError, match=r"expected at least \d+ different pictures .* found 3"):
+        gather(bundle, [few], None)
+    with pytest.raises(InputError, match=r"has captions, and .*empty has none"):
+        require_inputs([pairs, empty], None, image=False, text=True)
+    with pytest.raises(InputError, match=r"has captions, and .*empty has none"):
+        gather(text_bundle, [pairs, empty], None)
 
 
 def test_what_cannot_be_read(bundle: Bundle, plain: Path, texts: Path, tmp_path: Path) -> None:

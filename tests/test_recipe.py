@@ -100,6 +100,16 @@ def test_a_checkpoint_whose_bundle_is_there_is_added_to_by_its_bundle(tiny_check
     assert f"add to it: name {bundle} in place of the checkpoint; --force builds it anew, without what was" in text
 
 
+def test_a_bundle_called_demo_is_named_so_that_it_is_not_the_checkpoint(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo_bundle, tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    assert "name ./demo in place of the checkpoint" in refusal("demo", "-o", "demo", "--precision", "fp16")
+    assert build("./demo", "--precision", "fp16").exit_code == 0
+    assert "fp16" in Bundle.open(tmp_path / "demo").manifest.variants
+
+
 def test_calibration_without_a_precision(bundle: Path, tmp_path: Path) -> None:
     assert "calibration measures ranges for a precision" in refusal("demo", "-o", tmp_path / "x", "--calibration", "x")
 

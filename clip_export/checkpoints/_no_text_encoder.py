@@ -33,14 +33,14 @@ _NO_ENCODER = "name the whole checkpoint, or the pipeline's folder; a UNet or a 
 
 
 def no_text_encoder(path: Path, stored: Mapping[str, StoredTensor]) -> UnknownCheckpointError:
-    """Says what the file holds instead."""
+    """The error for the caller to raise: what the file at `path` holds instead, by the keys of `stored`."""
     if not stored:
         return UnknownCheckpointError(f"{path.name} has no text encoder; it holds no weights at all", hint=_NO_ENCODER)
     held = held_in(stored)
-    if LORA not in held and (bare := next(filter(_BARE.match, stored), None)):
+    if not held and (bare := next(filter(_BARE.match, stored), None)):
         files = "put config.json and the tokenizer files of the original beside it, and call it model.safetensors"
         return UnknownCheckpointError(
-            f"{path.name} holds a text encoder by itself (weight {bare}), and weights alone do not say of which model",
+            f"{path.name} holds a text encoder (weight {bare}), and weights alone do not say of which model",
             hint=files
             if "text_model." in bare
             else "name the whole checkpoint that it is of, or the pipeline's folder",
@@ -55,4 +55,5 @@ def no_text_encoder(path: Path, stored: Mapping[str, StoredTensor]) -> UnknownCh
 
 
 def held_in(stored: Mapping[str, StoredTensor]) -> list[str]:
+    """What of `_OTHERS` a file with these keys holds, in their order."""
     return [what for pattern, what in _OTHERS if any(map(pattern.search, stored))]

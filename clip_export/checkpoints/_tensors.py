@@ -56,7 +56,7 @@ class StoredTensor:
 
 
 def read_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """All tensors of some weight files, by their names in them; an index among the files is passed over.
+    """All tensors of some weight files, by their names in them; a .json among the files, an index, is passed over.
 
     Raises CheckpointError for a file that cannot be read, UnsafeCheckpointError for one that would run code, and
     WeightsError for a name that two shards hold.

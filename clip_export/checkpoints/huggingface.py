@@ -7,6 +7,7 @@ them; here they come together with the weights. q, k and v are separate in the f
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,8 @@ from clip_export.spec import ModelSpec, Tower, weight_shapes
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 EXPECTS = f"a directory, or org/name on the hub, with {CONFIG} and {' or '.join(WEIGHTS)}, whole or in shards"
 
+_SHARD = re.compile(r"^(.+)-\d{5}-of-\d{5}(\.[a-z]+)$")
+_NO_WEIGHTS = ("adapter_", "optimizer", "scheduler", "training_args")  # what training leaves beside a model
 _HALVES = ("model.fp16.safetensors", "pytorch_model.fp16.bin")  # diffusers' folders may have these alone
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _TOWER_KEYS: dict[Tower, tuple[str, ...]] = {
@@ -111,7 +114,13 @@ def _locate(checkpoint: str | Path) -> _Files:
 def _require_weights(files: _Files) -> None:
     if files.weights:
         return
-    others = sorted(path.name for path in files.directory.iterdir() if path.suffix in (".safetensors", ".bin"))
+    names = sorted(path.name for path in files.directory.iterdir() if path.suffix in (".safetensors", ".bin"))
+    others = [name for name in names if not name.startswith(_NO_WEIGHTS)]
+    if shard := next(filter(_SHARD.search, others), None):
+        index = index_name(_SHARD.sub(r"\1\2", shard))
+        raise CheckpointError(
+            f"{files.name}: {shard} is one of several, and {index} is not there", hint="fetch the index too"
+        )
     if others:
         raise CheckpointError(
             f"{files.name}: expected weights called {' or '.join(WEIGHTS)}, found {', '.join(others[:3])}",

@@ -21,10 +21,10 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 class Context:
     """What a diffusion model is given for n prompts.
 
-    `hidden_states`: float32 [n, 77 * chunks, dim], the encoders side by side along the last axis. `pooled`: float32
-    [n, dim], None where the family and the dialect have none. The same for negative prompts, None where there were
-    none; all have the same number of chunks. `dialect` and `clip_skip` say how it was made, the latter in our spelling;
-    `context_length` is that of one chunk, 77 in all of Stable Diffusion.
+    `hidden_states`: float32 [n, context_length * chunks, dim], the encoders side by side along the last axis. `pooled`:
+    float32 [n, dim], None where the family and the dialect have none. The same for negative prompts, None where there
+    were none; all have the same number of chunks. `dialect` and `clip_skip` say how it was made, the latter in our
+    spelling; `context_length` is that of one chunk, 77 in all of Stable Diffusion.
     """
 
     hidden_states: Floats
@@ -61,6 +61,7 @@ class Context:
 
 def require_suffix(path: str | os.PathLike[str]) -> None:
     """Raise OutputError where `path` is named like a file of another format: a Context is written as safetensors."""
-    if Path(path).suffix.lower() != ".safetensors":
-        found = f"{os.fsdecode(path)}: a Context is written as .safetensors, found the suffix {Path(path).suffix!r}"
-        raise OutputError(found, hint=f"-o {Path(path).stem or 'context'}.safetensors")
+    given = Path(path)
+    if given.suffix.lower() != ".safetensors":
+        found = f"{os.fsdecode(path)}: a Context is written as .safetensors, found the suffix {given.suffix!r}"
+        raise OutputError(found, hint=f"name it {given.parent / (given.stem or 'context')}.safetensors")

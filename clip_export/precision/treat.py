@@ -42,9 +42,10 @@ class Treatment:
     """How one linear layer, node `linear`, goes to 8 bits.
 
     `strength` is that of the smoothing, None where there is none; `divisor` float32 [inputs] is what `smooth` takes,
-    all ones without. Activations, divided, are cut off at `limit`, and `scale` is what 1 in the format stands for.
-    `error` is the mean of |xW - Q(x/d) Q(dW)|^2 / |xW|^2 over at most `SEARCH_ROWS` rows x of the sample, d and the
-    scale being those that the half without x gives. It is 0 for a row whose product is zero.
+    all ones without. Activations, divided, are cut off at `limit`, which may be a ninth above the largest value seen
+    (see `ROOMS`), and `scale` is what 1 in the format stands for. `error` is the mean of
+    |xW - Q(x/d) Q(dW)|^2 / |xW|^2 over at most `SEARCH_ROWS` rows x of the sample, d and the scale being those that the
+    half without x gives. It is 0 for a row whose product is zero.
     """
 
     linear: str
