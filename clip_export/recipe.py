@@ -189,7 +189,7 @@ def _check_output(recipe: Recipe, precisions: Sequence[str], *, force: bool) -> 
     """Raise BundleError for graphs or plans of a checkpoint whose bundle is there: --force would lose those it has."""
     output = Path(recipe.output) if recipe.output is not None else ENGINES / default_name(recipe.checkpoint)
     more = recipe.engine is not None or set(precisions) - {FP32}
-    if force or is_bundle(recipe.checkpoint) or not more or not is_bundle(os.fspath(output)):
+    if force or is_bundle(recipe.checkpoint) or not more or not (output / MANIFEST).is_file():
         return
     hint = "in place of the checkpoint; --force builds it anew, without what was added to it"
     hint = f"add to it: name {_named(output)} {hint}"
