@@ -374,9 +374,12 @@ def test_what_check_profiles_says() -> None:
 
 # The end of a build before its end
 
+# Tests that a shell started in the background ignore SIGINT, and hand that on.
 BUILD = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from clip_export.backends import tensorrt_rtx
 from clip_export.backends.building import BuildRequest, ShapeRange
 
@@ -386,7 +389,7 @@ def say(what, done, total):
 shape = (16, 128)
 profile = {"x": ShapeRange(min=(1, *shape), opt=(4, *shape), max=(8, *shape))}
 request = BuildRequest(
-    graph=Path(sys.argv[1]), plan=Path(sys.argv[2]), profiles=(profile,) * 32, compute_capability="sm_89"
+    graph=Path(sys.argv[1]), plan=Path(sys.argv[2]), profiles=(profile,) * 8, compute_capability="sm_89"
 )
 tensorrt_rtx.build_plan(request, progress=say)
 """
