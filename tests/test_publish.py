@@ -840,11 +840,14 @@ def test_reading_while_it_is_extended(tmp_path: Path) -> None:
     target = tmp_path / "a"
     build(target)
     body = """
+import time
 for _ in range(20):
     with extended(target) as (bundle, staging):
         with_plans(staging, known=bundle)
+    time.sleep(0.02)  # on one core the reader has its turn here
     with staged(target, force=True) as staging:
         fill(staging)
+    time.sleep(0.02)
 """
     writer = script(body, target)
     seen = set()
